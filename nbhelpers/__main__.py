@@ -1,0 +1,219 @@
+"""Command line: ``python -m nbhelpers COMMAND --help``. Every command imports only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = "Super-Resolution Workbook: train, evaluate and use the networks of the notebooks."
+
+
+def _add_inference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tile", type=int, help="tile side in input pixels; 0 = whole picture (default: automatic)")
+    parser.add_argument("--overlap", type=int, help="pixels seen around a tile (default: receptive field, seam-free)")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps (default: cpu)", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16", "fp16"])
+
+
+def _inference_options(args: argparse.Namespace) -> dict:
+    return {k: getattr(args, k) for k in ("tile", "overlap", "device", "precision")}
+
+
+def _train(args: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
+    from . import runtime, training
+
+    cfg = training.compose(overrides=args.overrides)
+    if args.show:
+        print(OmegaConf.to_yaml(cfg, resolve=True), end="")
+        return 0
+    command = " ".join(["python -m nbhelpers train", *args.overrides])
+    result = training.train(cfg, command)
+    print(f"{cfg.name}: best validation PSNR-Y {result.best:.2f} dB after {result.seconds:.0f} s of training")
+    print(f"written: {runtime.CHECKPOINTS / cfg.name}.safetensors, .json, .csv")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from .inference import evaluate
+
+    options = _inference_options(args) | {"lpips": not args.no_lpips, "progress": not args.json}
+    result = evaluate(args.model, args.hr, args.lr, args.scale, **options)
+    for message in result["skipped"]:
+        print(f"skipped: {message}", file=sys.stderr)
+    if args.json:
+        keys = ("model", "scale", "protocol", "images", "mean")
+        print(json.dumps({k: _finite(result[k]) for k in keys}, ensure_ascii=False))
+        return 0
+    _print_evaluation(result)
+    return 0
+
+
+def _finite(value: object) -> object:
+    """JSON knows no infinity: the PSNR of two equal pictures becomes null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+def _print_evaluation(result: dict) -> None:
+    from .metrics import LPIPS_MISSING, NAMES
+
+    keys = list(result["mean"])
+    width = max(len(n) for n in [*result["images"], "mean"])
+    print(f"{result['model']}".ljust(width) + "".join(f"{NAMES[k]:>16}" for k in keys))
+    for name, row in [*result["images"].items(), ("mean", result["mean"])]:
+        cells = ["–" if row[k] is None else f"{row[k]:.2f}" if "psnr" in k else f"{row[k]:.4f}" for k in keys]
+        print(name.ljust(width) + "".join(f"{c:>16}" for c in cells))
+    print(result["protocol"])
+    if result["mean"].get("lpips") is None:
+        print(f"LPIPS {LPIPS_MISSING}")
+
+
+def _upscale(args: argparse.Namespace) -> int:
+    from .inference import get_model, plan_outputs, upscale_files
+
+    plan = plan_outputs(args.inputs, args.output, args.format)
+    if not plan:
+        print(f"error: no pictures in {', '.join(map(str, args.inputs))}", file=sys.stderr)
+        return 1
+    model = get_model(args.model, args.scale)
+    report = upscale_files(model, plan, args.skip_existing, **_inference_options(args))
+    print(f"{len(report.written)} of {len(plan)} pictures written to {args.output} in {report.seconds:.1f} s")
+    if report.skipped:
+        print(f"{len(report.skipped)} skipped:", *report.skipped, sep="\n  ", file=sys.stderr)
+    return 1 if report.skipped else 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from . import checkpoints
+
+    cards = [checkpoints.card(name, args.folder) for name in checkpoints.available(args.folder)]
+    if args.json:
+        print(json.dumps(cards, ensure_ascii=False))
+        return 0
+    print(f"{'name':<24}{'architecture':<16}{'scale':>6}{'parameters':>12}{'val PSNR-Y':>12}")
+    for c in cards:
+        score = c.get("metrics", {}).get("val_psnr_y")
+        text = "–" if score is None else f"{score:.2f}"
+        print(f"{c['name']:<24}{c['arch']:<16}{c.get('scale', '–'):>6}{c['parameters']:>12,}{text:>12}")
+    return 0
+
+
+def _study(args: argparse.Namespace) -> int:
+    from .studies import run
+
+    return run(args.name, fresh=args.fresh, quick=args.quick)
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    from . import profiling
+
+    return profiling.main(args)
+
+
+def _download(args: argparse.Namespace) -> int:
+    if args.name == "lpips":
+        from .metrics import download_lpips
+
+        print(download_lpips())
+    else:
+        from .datasets.download import fetch
+
+        print(fetch(args.name, args.target))
+    return 0
+
+
+def _tiles(args: argparse.Namespace) -> int:
+    from .datasets import tiles
+
+    return tiles.run(args)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; tests walk through it."""
+    parser = argparse.ArgumentParser(prog="python -m nbhelpers", description=DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = commands.add_parser("list", help="trained networks in data/checkpoints")
+    p.add_argument("--folder", type=Path, help="another folder with networks")
+    p.add_argument("--json", action="store_true", help="print the cards as one JSON list")
+    p.set_defaults(run=_list)
+
+    p = commands.add_parser("upscale", help="enlarge pictures and folders of pictures")
+    p.add_argument("inputs", nargs="+", metavar="IN", help="files or folders (folders recursively)")
+    p.add_argument("-o", "--output", required=True, metavar="OUT", help="folder, or a file for a single input file")
+    p.add_argument("--model", default="espcn_x4", help="name from `list`, a .safetensors file, or bicubic")
+    p.add_argument("--scale", type=int, help="needed for bicubic; otherwise checked against the network")
+    p.add_argument("--format", default=".png", choices=[".png", ".jpg", ".webp", "same"], help="default: %(default)s")
+    p.add_argument("--skip-existing", action="store_true", help="continue an interrupted folder run")
+    _add_inference(p)
+    p.set_defaults(run=_upscale)
+
+    p = commands.add_parser("evaluate", help="PSNR-Y, SSIM-Y, PSNR-RGB, LPIPS over a folder of originals")
+    p.add_argument("--model", required=True, help="name from `list`, a .safetensors file, or bicubic")
+    p.add_argument("--hr", required=True, help="folder of originals")
+    p.add_argument("--lr", help="folder of matching small pictures (default: made by MATLAB-style bicubic)")
+    p.add_argument("--scale", type=int, help="needed for bicubic; otherwise checked against the network")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p.add_argument("--no-lpips", action="store_true", help="leave LPIPS out (faster)")
+    _add_inference(p)
+    p.set_defaults(run=_evaluate)
+
+    p = commands.add_parser(
+        "train",
+        help="train a network: experiment=NAME key=value …",
+        epilog="example: python -m nbhelpers train experiment=espcn_x4 data.roots=[bundled] trainer.max_steps=1000",
+    )
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and any key that --show prints")
+    p.add_argument("--show", action="store_true", help="print the whole configuration and stop")
+    p.set_defaults(run=_train)
+
+    p = commands.add_parser("study", help="run a notebook's controlled comparison; results go to data/results")
+    p.add_argument("name", help="name of the study, for example espcn")
+    p.add_argument("--fresh", action="store_true", help="drop finished runs and start again (default: resume)")
+    p.add_argument("--quick", action="store_true", help="a few steps per run, written to runs/, to see that it works")
+    p.set_defaults(run=_study)
+
+    p = commands.add_parser("benchmark", help="speed on this machine: training step and inference, as ratios")
+    p.add_argument("--model", default="espcn_x4", help="network for the inference rows (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=12, help="timed steps per row (default: %(default)s)")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p.set_defaults(run=_benchmark)
+
+    p = commands.add_parser("download", help="fetch a data set or weights, hash-checked")
+    p.add_argument("name", choices=["div2k_train", "div2k_valid", "flowers102", "lpips"])
+    p.add_argument("--target", type=Path, help="folder (default: runs/downloads/NAME)")
+    p.set_defaults(run=_download)
+
+    p = commands.add_parser("tiles", help="cut folders of photos into lossless training tiles")
+    from .datasets.tiles import add_arguments
+
+    add_arguments(p)
+    p.set_defaults(run=_tiles)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; user errors become one line on stderr and exit code 2, Ctrl-C becomes 130."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted {stop}".strip(), file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
+        if type(error) in (RuntimeError, TypeError):  # a bug or a torch error: the traceback is what helps
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

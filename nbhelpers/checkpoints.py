@@ -1,0 +1,147 @@
+"""Trained networks on disk: ``NAME.safetensors`` + card ``NAME.json`` + training history ``NAME.csv``."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import models, runtime
+
+
+class CheckpointError(ValueError):
+    """A network file that is missing, damaged, or of another architecture; the message says which and why."""
+
+
+def _folder(folder: Path | None) -> Path:
+    return Path(folder) if folder else runtime.CHECKPOINTS
+
+
+def available(folder: Path | None = None) -> list[str]:
+    """Names of all networks that have weights and a card, sorted."""
+    return sorted(p.stem for p in _folder(folder).glob("*.safetensors") if p.with_suffix(".json").is_file())
+
+
+def _paths(name: str | Path, folder: Path | None) -> tuple[Path, Path]:
+    given = Path(name)
+    weights = given if given.suffix == ".safetensors" else _folder(folder) / f"{name}.safetensors"
+    if not weights.is_file():
+        raise CheckpointError(f"no network {str(name)!r}; there are {available(folder)}")
+    return weights, weights.with_suffix(".json")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(
+    name: str,
+    model: nn.Module,
+    arch: str,
+    arguments: Mapping[str, object],
+    card: Mapping[str, object],
+    history: Iterable[Mapping[str, object]],
+    folder: Path | None = None,
+) -> Path:
+    """Write weights, history and card atomically, the card last; returns the weights' path.
+
+    The card gets the architecture, its arguments, parameter count and the weights' SHA-256 beside what is given.
+    """
+    path = _folder(folder) / f"{name}.safetensors"
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with runtime.atomic_path(path) as part:
+        save_file(state, part)
+    rows = list(history)
+    if rows:
+        with runtime.atomic_path(path.with_suffix(".csv")) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    full = {
+        "name": name,
+        "arch": arch,
+        "arguments": dict(arguments),
+        "parameters": models.count_parameters(model),
+        **card,
+        "sha256": sha256(path),
+    }
+    with runtime.atomic_path(path.with_suffix(".json")) as part:
+        part.write_text(json.dumps(full, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def card(name: str | Path, folder: Path | None = None) -> dict:
+    """The card of a network as a dictionary."""
+    _, path = _paths(name, folder)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing beside the weights; it says how to build the network") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path.name} is not valid JSON ({error})") from None
+
+
+def history(name: str, folder: Path | None = None) -> list[dict[str, float]]:
+    """Rows of the training history; empty cells become NaN."""
+    weights, _ = _paths(name, folder)
+    with weights.with_suffix(".csv").open(newline="", encoding="utf-8") as file:
+        return [{k: float(v) if v else float("nan") for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def load(
+    name: str | Path, device: str | torch.device = "cpu", folder: Path | None = None, check: bool = True
+) -> nn.Module:
+    """Build the network its card describes and fill in the weights; in eval mode, without gradients.
+
+    ``name`` is one of :func:`available` or a path to a ``.safetensors`` file with its card beside it.
+    Raises CheckpointError for a missing or damaged file, a wrong SHA-256 (``check``) or other architecture.
+    """
+    weights, _ = _paths(name, folder)
+    info = card(name, folder)
+    if check and info.get("sha256") and sha256(weights) != info["sha256"]:
+        raise CheckpointError(f"{weights.name} does not match the SHA-256 in its card: damaged or changed")
+    try:
+        model = models.build(info["arch"], **info["arguments"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the card of {weights.stem} cannot be built: {error}") from error
+    load_weights(model, weights)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill ``model`` from a safetensors file; raises CheckpointError naming the first tensors that do not fit."""
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{Path(path).name} is not a readable safetensors file ({error})") from error
+    own = model.state_dict()
+    problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    problems += [
+        f"{k} has shape {tuple(state[k].shape)}, the network needs {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{Path(path).name} holds another architecture than {type(model).__name__}: "
+            + "; ".join(problems[:3])
+            + more
+        )
+    model.load_state_dict(state)
+
+
+@functools.lru_cache(maxsize=16)
+def cached(name: str, device: str = "cpu") -> nn.Module:
+    """Like :func:`load`, but each network is read once; for panels and notebooks. Do not train the result."""
+    return load(name, device)

@@ -1,0 +1,159 @@
+"""Pictures in and out: whatever the file holds becomes 8-bit RGB (plus alpha), or a float tensor in [0, 1]."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .runtime import atomic_path
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+EXIF_MODEL = 0x0110
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read or written; ``path`` says which, the message says why."""
+
+    def __init__(self, path: object, why: str):
+        self.path = path
+        super().__init__(f"{path}: {why}")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Decoded picture: ``rgb`` uint8 (h, w, 3), ``alpha`` uint8 (h, w) or None, upright (EXIF applied).
+
+    ``icc`` is the embedded colour profile of an RGB file, or None.
+    """
+
+    rgb: np.ndarray
+    alpha: np.ndarray | None
+    path: object = None
+    icc: bytes | None = None
+
+
+def _to_8bit(image: Image.Image) -> Image.Image:
+    """Bring 16-bit and float modes to 8 bits; Pillow's own ``convert`` would clip them."""
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode == "F":
+            top = 1.0 if values.max(initial=0) <= 1 else 255.0
+        else:
+            top = 65535.0 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 255.0
+        return Image.fromarray(np.round(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+    return image
+
+
+def _decode(source: object, name: object) -> Picture:
+    with Image.open(source) as opened:
+        icc = opened.info.get("icc_profile") if opened.mode in ("RGB", "RGBA") else None
+        image = ImageOps.exif_transpose(opened)
+        image = _to_8bit(image)
+        has_alpha = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+        if has_alpha:
+            rgba = np.asarray(image.convert("RGBA"))
+            return Picture(rgba[..., :3].copy(), rgba[..., 3].copy(), name, icc)
+        return Picture(np.array(image.convert("RGB")), None, name, icc)
+
+
+def read_picture(source: str | Path | IO[bytes]) -> Picture:
+    """Decode any common picture (RGB, RGBA, grey, palette, CMYK, 16-bit; first frame of an animation).
+
+    Raises ImageError when the file is missing, empty, damaged, or not a picture.
+    """
+    name = source if isinstance(source, (str, Path)) else getattr(source, "name", "upload")
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.is_file():
+            raise ImageError(name, "no such file" if not path.exists() else "is a folder, not a picture")
+        if path.stat().st_size == 0:
+            raise ImageError(name, "the file is empty (0 bytes)")
+    try:
+        return _decode(source, name)
+    except Image.UnidentifiedImageError:
+        raise ImageError(name, "is not a picture that Pillow can open") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(name, f"is too large to open safely ({error})") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError(name, f"is damaged or cut short ({error})") from error
+
+
+def to_tensor(rgb: np.ndarray) -> Tensor:
+    """uint8 (h, w, 3) → float32 (3, h, w) in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))).float().div_(255)
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """float (3, h, w), nominally in [0, 1] → uint8 (h, w, 3), clamped and rounded."""
+    return x.detach().float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def load_image(source: str | Path | IO[bytes]) -> Tensor:
+    """Float32 tensor (3, h, w) in [0, 1]; raises ImageError like :func:`read_picture`."""
+    return to_tensor(read_picture(source).rgb)
+
+
+def save_image(
+    x: Tensor | np.ndarray, path: str | Path, alpha: np.ndarray | None = None, icc: bytes | None = None
+) -> Path:
+    """Write a tensor (3, h, w) in [0, 1] or uint8 (h, w, 3); the format follows the suffix, the write is atomic.
+
+    Raises ImageError for an unknown suffix, for alpha in a JPEG, and when the disk is full or not writable.
+    """
+    path = Path(path)
+    rgb = to_uint8(x) if isinstance(x, Tensor) else x
+    if path.suffix.lower() not in SUFFIXES:
+        raise ImageError(path, f"cannot write suffix {path.suffix!r}; use one of {sorted(SUFFIXES)}")
+    if alpha is not None and path.suffix.lower() in (".jpg", ".jpeg"):
+        raise ImageError(path, "JPEG cannot hold transparency; write a .png or .webp")
+    image = Image.fromarray(rgb)
+    if alpha is not None:
+        image.putalpha(Image.fromarray(alpha))
+    options = {"quality": 95, "subsampling": 0} if path.suffix.lower() in (".jpg", ".jpeg") else {}
+    if icc and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"):
+        options["icc_profile"] = icc
+    try:
+        with atomic_path(path) as part:
+            image.save(part, **options)
+    except OSError as error:
+        raise ImageError(path, f"could not be written ({error.strerror or error})") from error
+    return path
+
+
+def find_images(
+    roots: str | Path | Iterable[str | Path], recursive: bool = True, shuffle_seed: int | None = None
+) -> list[Path]:
+    """Pictures below one or several folders (files are taken as they are), sorted, each once.
+
+    ``shuffle_seed`` shuffles the sorted list reproducibly. Raises FileNotFoundError for a missing root.
+    """
+    roots = [roots] if isinstance(roots, (str, Path)) else list(roots)
+    found: set[Path] = set()
+    for root in map(Path, roots):
+        if not root.exists():
+            raise FileNotFoundError(f"no such file or folder: {root}")
+        files = [root] if root.is_file() else root.glob("**/*" if recursive else "*")
+        # Names beginning with a dot are half-written files of atomic_path or the file manager's.
+        found.update(f for f in files if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != ".")
+    result = sorted(found)
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(result)
+    return result
+
+
+def camera_model(path: str | Path) -> str | None:
+    """Camera model from the EXIF block, or None."""
+    try:
+        with Image.open(path) as image:
+            model = image.getexif().get(EXIF_MODEL)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(path, f"EXIF could not be read ({error})") from error
+    return str(model).strip("\x00 ") if model else None

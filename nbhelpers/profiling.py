@@ -1,0 +1,101 @@
+"""How fast is it here? Training steps and inference, always as a ratio within one run, with the machine named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import checkpoints, models, runtime
+
+
+def median_ms(run: Callable[[], object], repeats: int, warmup: int = 3) -> float:
+    """Median time of one call in milliseconds, after ``warmup`` untimed calls; waits for the GPU."""
+    times = []
+    for i in range(warmup + repeats):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if i >= warmup:
+            times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def flops(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
+    """Floating-point operations (2 per multiply-add) of one forward pass on an input of ``shape``."""
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(shape, device=device))
+    return counter.get_total_flops()
+
+
+def training_step_times(steps: int = 12, batch: int = 32, patch: int = 32, scale: int = 4) -> list[dict]:
+    """Median time of one ESPCN-128 training step: plain fp32, channels_last, bf16, and both; rows with ``speedup``."""
+    device = runtime.pick_device()
+    variants = [("fp32", False), ("fp32", True)]
+    if runtime.pick_precision(device) != "fp32":
+        variants += [(runtime.pick_precision(device), False), (runtime.pick_precision(device), True)]
+    lr, hr = torch.rand(batch, 3, patch, patch), torch.rand(batch, 3, patch * scale, patch * scale)
+    rows = []
+    for precision, last in variants:
+        layout = torch.channels_last if last else torch.contiguous_format
+        model = models.build("ESPCN", scale=scale).to(device, memory_format=layout)
+        x, y = (t.to(device).contiguous(memory_format=layout) for t in (lr, hr))
+        adam = torch.optim.Adam(model.parameters())
+
+        def step(model=model, x=x, y=y, adam=adam, precision=precision) -> None:
+            with runtime.autocast(device, precision):
+                out = model(x)
+            loss = (out.float() - y).abs().mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+
+        ms = median_ms(step, steps)
+        rows.append({"precision": precision, "channels_last": last, "ms": round(ms, 1)})
+    for row in rows:
+        row["speedup"] = round(rows[0]["ms"] / row["ms"], 2)
+    return rows
+
+
+@torch.inference_mode()
+def inference_times(name: str, repeats: int = 12, side: int = 128) -> list[dict]:
+    """Median time of ``name`` on one (3, side, side) picture per precision, and per output megapixel."""
+    device = runtime.pick_device()
+    model = checkpoints.load(name, device).to(memory_format=torch.channels_last)
+    x = torch.rand(1, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    megapixels = (side * model.scale) ** 2 / 1e6
+    rows = []
+    for precision in dict.fromkeys(["fp32", runtime.pick_precision(device)]):
+        with runtime.autocast(device, precision):
+            ms = median_ms(lambda: model(x), repeats)
+        rows.append({"precision": precision, "ms": round(ms, 1), "ms_per_output_megapixel": round(ms / megapixels, 1)})
+    return rows
+
+
+def main(args: argparse.Namespace) -> int:
+    """``python -m nbhelpers benchmark``."""
+    runtime.set_threads()
+    result = {"machine": runtime.machine(), "training_step": training_step_times(args.steps)}
+    if args.model in checkpoints.available():
+        result["inference"] = {"model": args.model, "input": "128x128", "rows": inference_times(args.model, args.steps)}
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(result["machine"])
+    print("\nESPCN-128 x4 training step, batch 32 of 32x32 (median)")
+    for row in result["training_step"]:
+        layout = "channels_last" if row["channels_last"] else "plain layout"
+        print(f"  {row['precision']:<5}{layout:<15}{row['ms']:>8.1f} ms{row['speedup']:>8.2f}x")
+    for row in result.get("inference", {}).get("rows", []):
+        print(
+            f"  {args.model} on 128x128, {row['precision']}: {row['ms']:.1f} ms, "
+            f"{row['ms_per_output_megapixel']:.0f} ms per output megapixel"
+        )
+    return 0

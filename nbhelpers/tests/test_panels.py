@@ -1,0 +1,254 @@
+"""The panels without a browser: every control changes the picture, and every problem is told in words."""
+
+import io
+import statistics
+import time
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nbhelpers import checkpoints, models, panels, runtime
+from nbhelpers.wipe import WipeViewer, encode_picture
+
+
+def tiny_network(scale: int) -> torch.nn.Module:
+    torch.manual_seed(scale)
+    return models.build("ESPCN", scale=scale, channels=8).eval()
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    """Two untrained networks in place of the committed ones."""
+    for scale in (2, 4):
+        arguments = {"scale": scale, "channels": 8}
+        checkpoints.save(f"tiny_x{scale}", tiny_network(scale), "ESPCN", arguments, {}, [], folder=tmp_path)
+    monkeypatch.setattr(runtime, "CHECKPOINTS", tmp_path)
+    checkpoints.cached.cache_clear()
+    yield ["tiny_x2", "tiny_x4"]
+    checkpoints.cached.cache_clear()
+
+
+@pytest.fixture
+def explorer(networks):
+    return panels.explorer_panel(device="cpu")
+
+
+@pytest.fixture
+def compared():
+    rng = np.random.default_rng(0)
+    photos = {"noise": rng.integers(0, 256, (300, 420, 3), dtype=np.uint8)}
+    return panels.compare_panel(tiny_network(4), photos, name="tiny", device="cpu")
+
+
+def upload(panel, *files: tuple[str, bytes]) -> None:
+    """What the browser sends when the reader picks files."""
+    panel.upload.value = [
+        {
+            "name": name,
+            "type": "image/png",
+            "size": len(data),
+            "content": memoryview(data),
+            "last_modified": datetime.now(UTC),
+        }
+        for name, data in files
+    ]
+
+
+def png(width: int, height: int, mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((width, height), 80).convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size
+
+
+def test_encoding_is_lossless():
+    rgb = np.random.default_rng(1).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    with Image.open(io.BytesIO(encode_picture(rgb))) as image:
+        assert np.array_equal(np.asarray(image), rgb)
+    assert encode_picture(None) == b""
+    with pytest.raises(TypeError, match="uint8"):
+        encode_picture(rgb.astype(np.float32))
+
+
+def test_viewer_refuses_pictures_of_different_size():
+    with pytest.raises(ValueError, match="one size"):
+        WipeViewer().show(("a", torch.zeros(3, 8, 8)), ("b", torch.zeros(3, 8, 9)))
+
+
+def test_viewer_text_form_holds_no_picture_bytes():
+    viewer = WipeViewer()
+    viewer.show(("a", torch.zeros(3, 8, 8)), ("b", None), message="nothing here")
+    assert repr(viewer) == "WipeViewer(a | b)"
+    assert viewer.message == "nothing here"
+
+
+def test_explorer_starts_with_every_network_and_the_validation_photos_first(explorer, networks):
+    assert list(explorer.network.options) == networks
+    assert explorer.photo.options[0].startswith("val/")
+    assert any(name.startswith("train/") for name in explorer.photo.options)
+    assert explorer.viewer.left
+    assert explorer.viewer.right
+
+
+@pytest.mark.parametrize(
+    ("control", "value"),
+    [
+        ("photo", 3),
+        ("network", 1),
+        ("mode", panels.AS_IS),
+        ("size", 128),
+        ("across", 10),
+        ("down", 90),
+        ("quality", 20),
+    ],
+)
+def test_each_control_changes_both_pictures(explorer, control, value):
+    before = explorer.viewer.left, explorer.viewer.right
+    widget = getattr(explorer, control)
+    widget.value = widget.options[value] if control in ("photo", "network") else value
+    assert explorer.viewer.left != before[0]
+    assert explorer.viewer.right != before[1]
+    assert "⚠" not in explorer.status.value
+
+
+def test_scale_follows_the_network(explorer):
+    for name, scale in (("tiny_x2", 2), ("tiny_x4", 4)):
+        explorer.network.value = name
+        assert explorer.result.scale == scale
+        explorer.mode.value = panels.AS_IS
+        assert size_of(explorer.viewer.right) == (256 * scale, 256 * scale)
+        explorer.mode.value = panels.RESTORE
+        assert size_of(explorer.viewer.right) == (256, 256)
+
+
+def test_numbers_only_where_an_original_exists(compared):
+    assert compared.mode.value == panels.RESTORE
+    assert "PSNR-Y" in compared.readout.value
+    assert compared.result.scores["network"]["psnr_y"] > 5
+    compared.mode.value = panels.AS_IS
+    assert panels.NO_ORIGINAL in compared.readout.value
+    assert compared.result.scores == {}
+    assert compared.viewer.original == b""
+    assert "milliseconds" in compared.readout.value
+
+
+def test_left_side_can_be_the_original(compared):
+    bicubic = compared.viewer.left
+    result = compared.result
+    compared.compare_with.value = "original"
+    assert compared.viewer.left == compared.viewer.original != bicubic
+    assert compared.viewer.left_label == "original"
+    assert compared.result is result, "showing another side must not compute anything again"
+    compared.mode.value = panels.AS_IS
+    assert compared.compare_with.value == "bicubic"
+    assert compared.compare_with.disabled
+
+
+def test_result_equals_the_package_protocol(compared):
+    from nbhelpers import degrade, metrics
+
+    original = compared.result.original
+    bicubic = degrade.upscale_bicubic(degrade.downscale(original, 4), 4)
+    assert compared.result.scores["bicubic"]["psnr_y"] == pytest.approx(metrics.psnr_y(bicubic, original, 4))
+
+
+def test_upload_reports_bad_files_and_keeps_the_good(explorer):
+    upload(explorer, ("good.png", png(300, 280)), ("text.png", b"no picture"), ("empty.png", b""))
+    assert explorer.photo.value == "good.png"
+    assert "300" not in explorer.status.value
+    assert "1 added, 2 not" in explorer.status.value
+    assert "text.png" in explorer.status.value
+    assert "empty.png" in explorer.status.value
+    assert explorer.result is not None
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
+def test_upload_takes_any_picture_mode(explorer, mode):
+    upload(explorer, ("photo.png", png(280, 270, mode)))
+    assert explorer.photo.value == "photo.png"
+    assert "⚠" not in explorer.status.value
+
+
+def test_uploading_another_file_of_the_same_name_shows_the_new_one(explorer):
+    upload(explorer, ("photo.png", png(300, 300)))
+    first = explorer.viewer.right
+    upload(explorer, ("photo.png", png(310, 310)))
+    assert explorer.viewer.right != first
+    assert list(explorer.photo.options).count("photo.png") == 1
+
+
+def test_file_names_are_shown_as_text_not_as_html(explorer):
+    upload(explorer, ("<img src=x onerror=alert(1)>.png", b"no picture"))
+    assert "<img" not in explorer.status.value
+
+
+def test_too_small_a_picture_is_told_in_words_and_recovers(explorer):
+    upload(explorer, ("dot.png", png(9, 9)))
+    assert "dot.png shows only 9 x 9 pixels" in explorer.status.value
+    assert explorer.viewer.right == b""
+    assert explorer.viewer.message
+    with pytest.raises(ValueError, match="no picture to draw"):
+        explorer.figure()
+    explorer.photo.value = explorer.photo.options[1]
+    assert explorer.viewer.right
+    assert "⚠" not in explorer.status.value
+
+
+def test_a_damaged_network_is_told_in_words(explorer):
+    (runtime.CHECKPOINTS / "tiny_x4.safetensors").write_bytes(b"damaged")
+    explorer.network.value = "tiny_x4"
+    assert "tiny_x4" in explorer.status.value
+    assert explorer.result is None
+
+
+def test_a_huge_photo_is_shown_in_part(explorer, monkeypatch):
+    monkeypatch.setattr(panels, "MOST_PIXELS", 200 * 200)
+    explorer.size.value = 0
+    assert "too large" in explorer.status.value
+    assert size_of(explorer.viewer.right) == (200, 200)
+
+
+def test_without_any_network_bicubic_remains(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "CHECKPOINTS", tmp_path)
+    panel = panels.explorer_panel(device="cpu")
+    assert panel.network.value == panels.BICUBIC_ONLY
+    assert panel.viewer.left
+    assert panel.viewer.right == b""
+    assert "nbhelpers train" in panel.viewer.message
+    assert list(panel.result.scores) == ["bicubic"]
+    assert panel.figure().axes
+
+
+def test_figure_holds_every_picture(compared):
+    titles = " ".join(axis.get_title() for axis in compared.figure().axes)
+    assert "original" in titles
+    assert "bicubic" in titles
+    assert "tiny" in titles
+
+
+def test_text_form_is_short_and_stable(compared):
+    text = compared._repr_mimebundle_()["text/plain"]
+    assert text == repr(compared.root)
+    assert len(text) < 110
+
+
+def test_a_control_answers_within_300_ms(networks):
+    """The budget is for the 128-channel network and an idle machine; the test allows a busy one three times as much."""
+    panel = panels.compare_panel(models.build("ESPCN", scale=4), device="cpu")
+    for mode in (panels.RESTORE, panels.AS_IS):
+        panel.mode.value = mode
+        seconds = []
+        for quality in (90, 80, 70, 60, 50):
+            start = time.perf_counter()
+            panel.quality.value = quality
+            seconds.append(time.perf_counter() - start)
+        fast = panel.precision != "fp32" or mode == panels.RESTORE
+        print(f"{mode}: {statistics.median(seconds) * 1000:.0f} ms")
+        assert statistics.median(seconds) < (0.9 if fast else 3)

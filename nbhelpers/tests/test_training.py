@@ -1,0 +1,147 @@
+"""Training: batches are a function of seed and step, a killed run ends like an uninterrupted one, NaN stops it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nbhelpers import checkpoints, runtime, training
+
+TINY = [
+    "data.roots=[bundled]", "data.limit=3", "data.val_limit=1", "data.patch=12", "data.batch=2", "model.channels=8",
+    "trainer.max_steps=30", "trainer.val_every=5", "trainer.progress=false", "trainer.threads=1",
+]  # fmt: skip
+
+
+def tiny(name: str, *overrides: str):
+    return training.compose("espcn_x2", [*TINY, f"name={name}", *overrides])
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in model.state_dict().values()])
+
+
+def test_a_short_run_learns(runs):
+    result = training.fit(tiny("learn", "trainer.max_steps=120", "trainer.val_every=40", "optimizer.warmup_steps=0"))
+    losses = [r["train_loss"] for r in result.history]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert result.best == max(r["val_psnr_y"] for r in result.history)
+
+
+def test_same_seed_same_weights_other_seed_other(runs):
+    one, two = (training.fit(tiny("a"), keep=False).model for _ in range(2))
+    other = training.fit(tiny("a", "seed=1"), keep=False).model
+    assert torch.equal(weights(one), weights(two))
+    assert not torch.equal(weights(one), weights(other))
+
+
+def test_killed_run_resumes_to_the_same_weights(tmp_path):
+    """A real SIGKILL in a real process, in the middle of an epoch; then the same command again."""
+    env = os.environ | {"NB_RUNS": str(tmp_path / "runs"), "NB_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    script = (
+        "import sys; from pathlib import Path; from nbhelpers import runtime, training;"
+        "runtime.CHECKPOINTS = Path(sys.argv[1]); training.train(training.compose('espcn_x2', sys.argv[2:]))"
+    )
+    settings = [o for o in TINY if "max_steps" not in o] + ["trainer.max_steps=150"]
+
+    def command(out: str) -> list[str]:
+        return [sys.executable, "-c", script, str(tmp_path / out), *settings, f"name={out}"]
+
+    victim = subprocess.Popen(command("killed"), env=env, stderr=subprocess.PIPE)
+    last = tmp_path / "runs" / "train" / "killed" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.is_file() and time.monotonic() < deadline and victim.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert victim.poll() is None, f"the run ended before it could be killed: {victim.stderr.read().decode()[-2000:]}"
+    victim.kill()
+    victim.wait()
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < step < 150
+    subprocess.run(command("killed"), env=env, check=True, capture_output=True)
+    subprocess.run(command("whole"), env=env, check=True, capture_output=True)
+    resumed, whole = (load_file(tmp_path / n / f"{n}.safetensors") for n in ("killed", "whole"))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
+    histories = [checkpoints.history(n, tmp_path / n) for n in ("killed", "whole")]
+    assert [r["train_loss"] for r in histories[0]] == [r["train_loss"] for r in histories[1]]
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_state(runs):
+    cfg = tiny("nan", "trainer.val_every=5")
+    data = training.open_data(cfg, progress=False)
+    pairs = data[0]
+
+    class Poisoned(torch.utils.data.Dataset):
+        def __getitem__(self, step):
+            lr, hr = pairs[step]
+            return (lr.float() * float("nan"), hr) if step == 12 else (lr, hr)
+
+        def __len__(self):
+            return len(pairs)
+
+    with pytest.raises(training.TrainingError, match=r"nan at step 12 .*lower optimizer.lr"):
+        training.fit(cfg, (Poisoned(), *data[1:]))
+    state = torch.load(runtime.RUNS / "train" / "nan" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 10
+    assert all(torch.isfinite(v).all() for v in state["state_dict"].values() if v.is_floating_point())
+
+
+def test_resume_refuses_another_configuration(runs):
+    training.fit(tiny("twice"))
+    with pytest.raises(training.TrainingError, match=r"data.batch: 2 before, 3 now.*resume=never"):
+        training.fit(tiny("twice", "data.batch=3"))
+    training.fit(tiny("twice", "data.batch=3", "resume=never"))
+
+
+def test_accumulation_serves_different_batches(runs):
+    """Two micro-batches of two make the gradient of one batch of four drawn from the same steps."""
+    result = training.fit(tiny("accumulate", "trainer.accumulate_grad_batches=2", "trainer.max_steps=10"))
+    assert [r["step"] for r in result.history] == [5, 10]
+
+
+def test_two_learning_rates_reach_the_last_layer():
+    cfg = tiny("rates", "optimizer.last_layer_factor=0.1", "optimizer.warmup_steps=0")
+    module = training.PixelModule(training.models.build("ESPCN", scale=2, channels=8), cfg, [])
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    assert [g["initial_lr"] for g in groups] == pytest.approx([cfg.optimizer.lr, cfg.optimizer.lr * 0.1])
+    assert sum(len(g["params"]) for g in groups) == len(list(module.model.parameters()))
+
+
+def test_step_checkpoints_are_kept(runs):
+    training.fit(tiny("every", "trainer.save_every=10"))
+    folder = runtime.RUNS / "train" / "every"
+    assert {p.name for p in folder.glob("*.ckpt")} == {
+        "best.ckpt", "last.ckpt", "step_10.ckpt", "step_20.ckpt", "step_30.ckpt"
+    }  # fmt: skip
+
+
+def test_train_exports_network_card_and_history(runs):
+    training.train(tiny("exported"), "the command")
+    assert checkpoints.available() == ["exported"]
+    card = checkpoints.card("exported")
+    assert card["command"] == "the command" and card["config"]["seed"] == 0 and card["scale"] == 2
+    assert len(checkpoints.history("exported")) == 6
+    model = checkpoints.load("exported")
+    assert not model.training and model(torch.rand(1, 3, 5, 7)).shape == (1, 3, 10, 14)
+
+
+@pytest.mark.parametrize("override", ["experiment=nothing", "optimizer.rate=1"])
+def test_wrong_configuration_names_the_experiments(override):
+    with pytest.raises(training.TrainingError, match="espcn_x4"):
+        training.compose(overrides=[override])
+
+
+def test_training_imports_without_widgets_plots_or_tracking():
+    block = "import sys\nfor m in ('ipywidgets','anywidget','matplotlib','tensorboard','IPython','mlflow'): sys.modules[m] = None\n"
+    code = block + (
+        "from nbhelpers import training, __main__\n"
+        f"training.fit(training.compose('espcn_x2', {[*TINY, 'trainer.max_steps=5', 'name=bare']!r}), keep=False)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
