@@ -141,6 +141,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
+def copy_matching(model: nn.Module, name: str | Path, folder: Path | None = None) -> list[str]:
+    """Warm start: copy from a trained network every tensor of the same name and shape; returns their names.
+
+    Raises CheckpointError when nothing matches.
+    """
+    weights, _ = _paths(name, folder)
+    own = model.state_dict()
+    state = {k: v for k, v in load_file(weights).items() if k in own and own[k].shape == v.shape}
+    if not state:
+        raise CheckpointError(f"no tensor of {weights.stem} has the name and shape of one in {type(model).__name__}")
+    model.load_state_dict(own | state)
+    return sorted(state)
+
+
 @functools.lru_cache(maxsize=16)
 def cached(name: str, device: str = "cpu") -> nn.Module:
     """Like :func:`load`, but each network is read once; for panels and notebooks. Do not train the result."""

@@ -329,6 +329,8 @@ def fit(cfg: DictConfig, data: tuple | None = None, keep: bool = True) -> FitRes
     pairs, validation, _ = data or open_data(cfg, cfg.trainer.progress)
     runtime.seed_everything(cfg.seed)
     network = models.build(cfg.arch, **OmegaConf.to_container(cfg.model, resolve=True))
+    if cfg.init_from:
+        checkpoints.copy_matching(network, cfg.init_from)
     module = PixelModule(network.to(memory_format=torch.channels_last), cfg, validation)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     with warnings.catch_warnings():

@@ -1,0 +1,139 @@
+"""Controlled comparisons behind the notebooks: named variants x seeds, resumable, one CSV row per finished run."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from tqdm.auto import tqdm
+
+from .. import runtime
+
+STUDIES = ("espcn", "set5")
+QUICK = ["trainer.max_steps=4", "trainer.val_every=4"]
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One training per variant and seed. ``variants`` maps a name to Hydra overrides of ``experiment``.
+
+    ``measure(result, cfg)`` turns a finished run into {table name: rows}; the table "" is the study's main CSV and
+    gets exactly one row per run. Seeds are shared by all variants, so differences can be taken in pairs.
+    """
+
+    name: str
+    experiment: str
+    variants: Mapping[str, Sequence[str]]
+    measure: Callable[[object, object], dict[str, list[Row]]]
+    seeds: Sequence[int] = (0, 1, 2)
+    tables: Sequence[str] = field(default=("",))
+
+    def path(self, table: str = "", folder: Path | None = None) -> Path:
+        return (folder or runtime.RESULTS) / (f"{self.name}_{table}.csv" if table else f"{self.name}.csv")
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a results CSV; numbers are parsed, text stays text. A missing file gives no rows."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as CSV, atomically."""
+    with runtime.atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _fingerprint(cfg: object) -> str:
+    """Short hash of everything that decides a run's result; runs made with other settings are done again."""
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    settings.pop("name"), settings.pop("resume")
+    # The letter keeps a hash of digits from being read back as a number.
+    return "h" + hashlib.sha256(OmegaConf.to_yaml(settings).encode()).hexdigest()[:10]
+
+
+def run_study(study: Study, fresh: bool = False, quick: bool = False) -> Path:
+    """Train what is missing and write the tables after every run; ``quick`` writes to ``runs/`` instead."""
+    from ..training import compose, fit
+
+    folder = runtime.RUNS / "quick_results" if quick else runtime.RESULTS
+    tables = {t: [] if fresh or quick else read(study.path(t, folder)) for t in study.tables}
+    todo = []
+    for seed in study.seeds[: 1 if quick else None]:
+        for variant, overrides in study.variants.items():
+            extra = QUICK if quick else []
+            cfg = compose(study.experiment, [*overrides, f"seed={seed}", *extra])
+            todo.append((variant, seed, cfg, _fingerprint(cfg)))
+    wanted = {(v, s, h) for v, s, _, h in todo}
+    for t, rows in tables.items():
+        tables[t] = [r for r in rows if (r["variant"], r["seed"], str(r["settings"])) in wanted]
+    done = {(r["variant"], r["seed"]) for r in tables[""]}
+    missing = [job for job in todo if job[:2] not in done]
+    for variant, seed, cfg, settings in (bar := tqdm(missing, desc=study.name, unit="run")):
+        bar.set_postfix_str(f"{variant}, seed {seed}")
+        measured = study.measure(fit(cfg, keep=False), cfg)
+        for t in study.tables:
+            tables[t] += [{"variant": variant, "seed": seed, "settings": settings, **r} for r in measured[t]]
+            write(study.path(t, folder), tables[t])
+    return study.path("", folder)
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % confidence interval of the mean (Student's t); NaN for fewer than two values."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return math.nan
+    mean = sum(values) / n
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+def summary(rows: Sequence[Row], key: str, reference: str | None = None) -> dict[str, dict[str, float]]:
+    """Per variant: ``mean`` and 95 % ``half`` of ``key``; with a reference also paired ``gain`` and ``gain_half``."""
+    by: dict[str, dict[int, float]] = {}
+    for row in rows:
+        by.setdefault(str(row["variant"]), {})[int(row["seed"])] = float(row[key])
+    if reference is not None and reference not in by:
+        raise ValueError(f"no variant {reference!r}; there are {list(by)}")
+    out = {}
+    for name, values in by.items():
+        out[name] = {
+            "mean": sum(values.values()) / len(values),
+            "half": half_width(list(values.values())),
+            "n": len(values),
+        }
+        if reference is not None:
+            pairs = [values[s] - by[reference][s] for s in values if s in by[reference]]
+            out[name] |= {"gain": sum(pairs) / len(pairs), "gain_half": half_width(pairs) if name != reference else 0.0}
+    return out
+
+
+def run(name: str, fresh: bool = False, quick: bool = False) -> int:
+    """``python -m nbhelpers study NAME``. Raises ValueError for an unknown study."""
+    if name not in STUDIES:
+        raise ValueError(f"study {name!r} is unknown; choose one of {list(STUDIES)}")
+    path = importlib.import_module(f"{__name__}.{name}").run(fresh=fresh, quick=quick)
+    print(f"written: {path}")
+    return 0

@@ -1,0 +1,120 @@
+"""Figures for the notebooks; every function returns the matplotlib Figure and draws nothing by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from .images import to_uint8
+
+# Okabe and Ito's palette: distinguishable with every kind of colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def _figure(**options: object) -> tuple[Figure, object]:
+    fig, axes = plt.subplots(layout="constrained", **options)
+    plt.close(fig)  # the cell shows the returned figure; pyplot must not show it a second time
+    return fig, axes
+
+
+def _zoomed(picture: Tensor, crop: tuple[int, int, int, int] | None) -> np.ndarray:
+    array = to_uint8(picture)
+    if crop is None:
+        return array
+    top, left, height, width = crop
+    return array[top : top + height, left : left + width]
+
+
+def side_by_side(
+    pictures: Mapping[str, Tensor],
+    crop: tuple[int, int, int, int] | None = None,
+    title: str | None = None,
+    context: Tensor | None = None,
+    columns: int | None = None,
+    height: float = 3.2,
+) -> Figure:
+    """Pictures (3, h, w) of one size next to each other, pixels shown as squares.
+
+    ``crop`` = (top, left, height, width) zooms all of them into the same place; ``context`` is shown first, whole,
+    with that place framed. Keys become the titles.
+    """
+    n = len(pictures) + (context is not None)
+    columns = min(n, columns or n)
+    rows = -(-n // columns)
+    fig, axes = _figure(nrows=rows, ncols=columns, figsize=(height * columns, (height + 0.35) * rows), squeeze=False)
+    cells = iter(axes.flat)
+    if context is not None:
+        axis = next(cells)
+        axis.imshow(to_uint8(context))
+        axis.set_title("whole picture", fontsize=10)
+        if crop:
+            frame = Rectangle((crop[1], crop[0]), crop[3], crop[2], fill=False, edgecolor=COLOURS[4], linewidth=2)
+            axis.add_patch(frame)
+    for axis, (label, picture) in zip(cells, pictures.items(), strict=False):
+        axis.imshow(_zoomed(picture, crop), interpolation="nearest")
+        axis.set_title(label, fontsize=10)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    if title:
+        fig.suptitle(title, fontsize=12)
+    return fig
+
+
+def curves(
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    y: str | Sequence[str],
+    x: str = "step",
+    labels: Mapping[str, str] | None = None,
+    log: Sequence[str] = (),
+    title: str | None = None,
+) -> Figure:
+    """Training histories as lines: one panel per key in ``y``, one line per network; ``log`` lists log-scaled keys."""
+    keys = [y] if isinstance(y, str) else list(y)
+    labels = labels or {}
+    fig, axes = _figure(ncols=len(keys), figsize=(4.6 * len(keys), 3.2), squeeze=False)
+    for axis, key in zip(axes.flat, keys, strict=True):
+        for i, (name, rows) in enumerate(histories.items()):
+            xs, ys = [r[x] for r in rows], [r[key] for r in rows]
+            axis.plot(xs, ys, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=3, linewidth=1.4, label=name)
+        axis.set_xlabel(labels.get(x, x))
+        axis.set_ylabel(labels.get(key, key))
+        if key in log:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    if len(histories) > 1:
+        axes.flat[-1].legend(fontsize=8)
+    if title:
+        fig.suptitle(title, fontsize=12)
+    return fig
+
+
+def intervals(
+    rows: Mapping[str, tuple[float, float]], xlabel: str, title: str | None = None, reference: str | None = None
+) -> Figure:
+    """Named values with their 95 % intervals, {name: (mean, half-width)}; ``reference`` draws a line at that row."""
+    fig, axis = _figure(figsize=(6.4, 0.42 * len(rows) + 1.1))
+    names = list(rows)
+    for i, name in enumerate(names):
+        value, half = rows[name]
+        colour = COLOURS[1] if name == reference else COLOURS[0]
+        axis.errorbar(value, i, xerr=half, fmt=MARKERS[0], color=colour, capsize=4, markersize=5)
+    if reference:
+        axis.axvline(rows[reference][0], color=COLOURS[1], linewidth=1, linestyle="--")
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel(xlabel)
+    axis.grid(axis="x", alpha=0.3)
+    if title:
+        axis.set_title(title, fontsize=11)
+    return fig
+
+
+def difference(a: Tensor, b: Tensor, gain: float = 4.0) -> Tensor:
+    """Absolute difference of two pictures (3, h, w), times ``gain``, clamped to [0, 1]."""
+    return ((a - b).abs() * gain).clamp(0, 1)

@@ -1,0 +1,248 @@
+"""The explorer in real JupyterLab in headless Chromium: controls, divider and upload as a reader's hand moves them."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from nbhelpers import checkpoints, runtime
+
+playwright_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
+)
+
+NOTEBOOK = runtime.ROOT / "notebooks" / "00_explorer.ipynb"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+# Console errors that are not ours, each with its reason; anything else fails the test.
+HARMLESS = [
+    r"favicon",  # some JupyterLab pages ask for an icon that the server does not have
+    r"/lsp/status",  # jupyter-lsp, where installed, probes for language servers and finds none
+    r"/api/contents/.*checkpoints",  # a fresh copy of a notebook has no saved checkpoint yet
+]
+START_SECONDS = 60
+CANVAS = "canvas.wipe-canvas"
+
+pytestmark = [
+    pytest.mark.skipif(not NOTEBOOK.is_file(), reason="notebooks/00_explorer.ipynb is not in this copy"),
+    pytest.mark.skipif(not checkpoints.available(), reason="no trained network in data/checkpoints"),
+]
+
+
+def find_browser() -> str:
+    """Path of an installed Chromium or Chrome; skips the test where there is none."""
+    names = [os.environ.get("NB_CHROMIUM", ""), *BROWSERS]
+    found = next((path for path in map(shutil.which, filter(None, names)) if path), None)
+    if found is None:
+        pytest.skip("no Chromium found (set NB_CHROMIUM, or install it: apt install chromium)")
+    return found
+
+
+def short_notebook(folder: Path) -> Path:
+    """The explorer up to and with the panel's cell, outputs removed: what follows would move the controls again."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    shown = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code" and c.source.strip() == "panel"]
+    assert len(shown) == 1, "00_explorer should show its panel in one cell that reads `panel`"
+    notebook.cells = [c for c in notebook.cells[: shown[0] + 1] if c.cell_type == "code"]
+    for cell in notebook.cells:
+        cell.outputs, cell.execution_count = [], None
+    path = folder / "explorer.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """JupyterLab on a free port with its own settings, so that nothing of the user's is read or changed."""
+    folder = tmp_path_factory.mktemp("lab")
+    short_notebook(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = secrets.token_hex(16)
+    environment = os.environ | {
+        "NB_QUICK": "1",
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "PYTHONPATH": os.pathsep.join([str(runtime.ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    }
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0"]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None"]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--ServerApp.ip=127.0.0.1"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for_server(f"http://127.0.0.1:{port}/api?token={token}", process, folder / "server.log")
+        yield f"http://127.0.0.1:{port}/lab/tree/explorer.ipynb?token={token}"
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        process.kill()
+
+
+def wait_for_server(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(0.2)
+    pytest.fail(f"JupyterLab did not start within {START_SECONDS} s:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    """The notebook opened and run up to the panel, the viewer painted; ``page.problems`` collects console errors."""
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.problems = []
+        page.on("console", lambda m: m.type == "error" and page.problems.append(f"{m.text} ({m.location.get('url')})"))
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.goto(server)
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=START_SECONDS * 1000)
+        idle = "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
+        page.wait_for_function(idle, timeout=START_SECONDS * 1000)
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_selector(f"{CANVAS}[data-updates]", timeout=START_SECONDS * 1000)
+        page.locator(CANVAS).scroll_into_view_if_needed()
+        yield page
+        browser.close()
+
+
+def pixels(page) -> list[int]:
+    """A coarse sample of what the canvas really shows."""
+    return page.locator(CANVAS).evaluate(
+        """c => { const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data, out = [];
+                  for (let i = 0; i < d.length; i += 4 * 997) out.push(d[i]);
+                  return out; }"""
+    )
+
+
+def waits_for_change(page, before: list[int], what: str, seconds: float = 10) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = pixels(page)
+        if now != before:
+            return now
+        page.wait_for_timeout(50)
+    pytest.fail(f"the picture did not change within {seconds} s after: {what}; status: {status(page)}")
+
+
+def status(page) -> str:
+    return page.locator("[role=status]").first.inner_text()
+
+
+def control(page, name: str, kind: str):
+    box = page.locator(".jupyter-widgets").filter(has=page.get_by_text(name, exact=True))
+    return box.locator(kind).first
+
+
+def test_picture_is_there_and_not_flat(page):
+    assert len(set(pixels(page))) > 20
+    assert page.locator(CANVAS).get_attribute("role") == "slider"
+
+
+def test_jpeg_slider_changes_the_picture(page):
+    before = pixels(page)
+    handle = control(page, "JPEG quality", ".noUi-handle")
+    handle.focus()
+    for _ in range(3):
+        handle.press("PageDown")
+    waits_for_change(page, before, "JPEG quality lowered")
+
+
+def test_network_chooser_changes_the_picture(page):
+    chooser = control(page, "Network", "select")
+    names = chooser.locator("option").all_inner_texts()
+    if len(names) < 2:
+        pytest.skip(f"only one trained network here: {names}")
+    current = chooser.evaluate("s => s.options[s.selectedIndex].text")
+    before = pixels(page)
+    chooser.select_option(label=next(name for name in names if name != current))
+    waits_for_change(page, before, "network chosen")
+
+
+def test_dragging_the_divider_moves_it_and_tells_the_screen_reader(page):
+    canvas = page.locator(CANVAS)
+    canvas.scroll_into_view_if_needed()
+    before, box = pixels(page), canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    assert canvas.get_attribute("aria-valuenow") == "50"
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x - 120, y, steps=6)
+    page.mouse.up()
+    waits_for_change(page, before, "divider dragged")
+    assert int(canvas.get_attribute("aria-valuenow")) < 40
+    page.keyboard.press("End")
+    page.wait_for_function(f"() => document.querySelector('{CANVAS}').getAttribute('aria-valuenow') === '100'")
+
+
+def test_wheel_zooms_and_zero_fits_again(page):
+    canvas = page.locator(CANVAS)
+    box = canvas.bounding_box()
+    fit = float(canvas.get_attribute("data-zoom"))
+    page.mouse.move(box["x"] + box["width"] / 2 + 40, box["y"] + box["height"] / 2 - 60)
+    for _ in range(5):
+        page.mouse.wheel(0, -120)
+    page.wait_for_function(f"() => Number(document.querySelector('{CANVAS}').dataset.zoom) >= {max(4, 2 * fit)}")
+    canvas.press("0")
+    canvas.press("0")  # "0 0" is JupyterLab's "restart the kernel?" unless the viewer keeps its keys to itself
+    page.wait_for_function(f"() => Number(document.querySelector('{CANVAS}').dataset.zoom) === {fit}")
+    assert page.locator(".jp-Dialog").count() == 0
+
+
+def test_upload_shows_the_new_photo_and_reports_the_broken_one(page, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 320, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "mine.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    before = pixels(page)
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name=re.compile("Upload photos")).click()
+    chooser.value.set_files([tmp_path / "mine.png", tmp_path / "broken.png"])
+    waits_for_change(page, before, "photo uploaded")
+    playwright_api.expect(page.locator("[role=status]").first).to_contain_text("broken.png")
+    photo = control(page, "Photo", "select")
+    assert photo.evaluate("s => s.options[s.selectedIndex].text") == "mine.png"
+
+
+def test_screenshot_and_no_console_errors(page):
+    control(page, "Photo", "select").select_option(index=1)
+    canvas = page.locator(CANVAS)
+    before = pixels(page)
+    canvas.press("Home")
+    waits_for_change(page, before, "divider to the left end")
+    for _ in range(5):
+        canvas.press("PageUp")
+    page.wait_for_function(f"() => document.querySelector('{CANVAS}').getAttribute('aria-valuenow') === '50'")
+    target = runtime.RUNS / "screenshots" / "explorer.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=target)
+    ours = [text for text in page.problems if not any(re.search(pattern, text) for pattern in HARMLESS)]
+    assert ours == []
