@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,10 +55,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _finite(value: object) -> object:
-    """JSON knows no infinity: the PSNR of two equal pictures becomes null."""
+    """JSON knows neither infinity nor NaN: the PSNR of two equal pictures becomes null."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_evaluation(result: dict) -> None:
@@ -134,8 +135,8 @@ def _tiles(args: argparse.Namespace) -> int:
     return tiles.run(args)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line; tests walk through it."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line; given the command to run, options that need torch are declared for that one only."""
     parser = argparse.ArgumentParser(prog="python -m nbhelpers", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -191,16 +192,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_download)
 
     p = commands.add_parser("tiles", help="cut folders of photos into lossless training tiles")
-    from .datasets.tiles import add_arguments
+    if command in (None, "tiles"):
+        from .datasets.tiles import add_arguments
 
-    add_arguments(p)
+        add_arguments(p)
     p.set_defaults(run=_tiles)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; user errors become one line on stderr and exit code 2, Ctrl-C becomes 130."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(argv[0] if argv else "").parse_args(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt as stop:

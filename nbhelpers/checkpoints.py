@@ -84,17 +84,23 @@ def card(name: str | Path, folder: Path | None = None) -> dict:
     """The card of a network as a dictionary."""
     _, path = _paths(name, folder)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} is missing beside the weights; it says how to build the network") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise CheckpointError(f"{path.name} is not valid JSON ({error})") from None
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{path.name} is not a card: it holds a JSON {type(info).__name__}, not an object")
+    return info
 
 
 def history(name: str, folder: Path | None = None) -> list[dict[str, float]]:
-    """Rows of the training history; empty cells become NaN."""
+    """Rows of the training history; empty cells become NaN. Raises CheckpointError where there is none."""
     weights, _ = _paths(name, folder)
-    with weights.with_suffix(".csv").open(newline="", encoding="utf-8") as file:
+    path = weights.with_suffix(".csv")
+    if not path.is_file():
+        raise CheckpointError(f"network {str(name)!r} has no training history: {path.name} is missing")
+    with path.open(newline="", encoding="utf-8") as file:
         return [{k: float(v) if v else float("nan") for k, v in row.items()} for row in csv.DictReader(file)]
 
 

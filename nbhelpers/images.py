@@ -16,6 +16,7 @@ from torch import Tensor
 from .runtime import atomic_path
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+NO_ALPHA = {".jpg", ".jpeg", ".bmp", ".ppm", ".pgm"}  # Pillow writes the last three without a word, alpha lost
 EXIF_MODEL = 0x0110
 
 
@@ -54,7 +55,7 @@ def _to_8bit(image: Image.Image) -> Image.Image:
 
 def _decode(source: object, name: object) -> Picture:
     with Image.open(source) as opened:
-        icc = opened.info.get("icc_profile") if opened.mode in ("RGB", "RGBA") else None
+        icc = opened.info.get("icc_profile") if opened.mode in ("RGB", "RGBA", "P", "PA") else None
         image = ImageOps.exif_transpose(opened)
         image = _to_8bit(image)
         has_alpha = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
@@ -70,20 +71,27 @@ def read_picture(source: str | Path | IO[bytes]) -> Picture:
     Raises ImageError when the file is missing, empty, damaged, or not a picture.
     """
     name = source if isinstance(source, (str, Path)) else getattr(source, "name", "upload")
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if not path.is_file():
-            raise ImageError(name, "no such file" if not path.exists() else "is a folder, not a picture")
-        if path.stat().st_size == 0:
-            raise ImageError(name, "the file is empty (0 bytes)")
     try:
+        if isinstance(source, (str, Path)):
+            _check_file(Path(source))
         return _decode(source, name)
+    except ImageError:
+        raise
     except Image.UnidentifiedImageError:
         raise ImageError(name, "is not a picture that Pillow can open") from None
     except Image.DecompressionBombError as error:
         raise ImageError(name, f"is too large to open safely ({error})") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(name, f"is damaged or cut short ({error})") from error
+    except Exception as error:  # decoders raise many kinds for damaged files
+        if isinstance(error, OSError) and error.errno:
+            raise ImageError(name, f"cannot be read ({error.strerror})") from error
+        raise ImageError(name, f"is damaged or cut short ({error or type(error).__name__})") from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ImageError(path, "is a folder, not a picture" if path.is_dir() else "no such file")
+    if path.stat().st_size == 0:
+        raise ImageError(path, "the file is empty (0 bytes)")
 
 
 def to_tensor(rgb: np.ndarray) -> Tensor:
@@ -106,14 +114,15 @@ def save_image(
 ) -> Path:
     """Write a tensor (3, h, w) in [0, 1] or uint8 (h, w, 3); the format follows the suffix, the write is atomic.
 
-    Raises ImageError for an unknown suffix, for alpha in a JPEG, and when the disk is full or not writable.
+    Raises ImageError for an unknown suffix, for alpha in a format without it (JPEG, BMP, PPM), for a picture too
+    large for its format, and when the disk is full or not writable.
     """
     path = Path(path)
     rgb = to_uint8(x) if isinstance(x, Tensor) else x
     if path.suffix.lower() not in SUFFIXES:
         raise ImageError(path, f"cannot write suffix {path.suffix!r}; use one of {sorted(SUFFIXES)}")
-    if alpha is not None and path.suffix.lower() in (".jpg", ".jpeg"):
-        raise ImageError(path, "JPEG cannot hold transparency; write a .png or .webp")
+    if alpha is not None and path.suffix.lower() in NO_ALPHA:
+        raise ImageError(path, f"{path.suffix} cannot hold transparency; write a .png or .webp")
     image = Image.fromarray(rgb)
     if alpha is not None:
         image.putalpha(Image.fromarray(alpha))
@@ -123,27 +132,32 @@ def save_image(
     try:
         with atomic_path(path) as part:
             image.save(part, **options)
-    except OSError as error:
-        raise ImageError(path, f"could not be written ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # ValueError: larger than the format allows, as WebP above 16383 pixels
+        raise ImageError(path, f"could not be written ({getattr(error, 'strerror', None) or error})") from error
     return path
 
 
 def find_images(
     roots: str | Path | Iterable[str | Path], recursive: bool = True, shuffle_seed: int | None = None
 ) -> list[Path]:
-    """Pictures below one or several folders (files are taken as they are), sorted, each once.
+    """Pictures below one or several folders, sorted, each once; a root that is a file is taken whatever its suffix.
 
     ``shuffle_seed`` shuffles the sorted list reproducibly. Raises FileNotFoundError for a missing root.
     """
     roots = [roots] if isinstance(roots, (str, Path)) else list(roots)
-    found: set[Path] = set()
+    found: dict[Path, Path] = {}  # by resolved root, so that overlapping or differently written roots count once
     for root in map(Path, roots):
         if not root.exists():
             raise FileNotFoundError(f"no such file or folder: {root}")
-        files = [root] if root.is_file() else root.glob("**/*" if recursive else "*")
-        # Names beginning with a dot are half-written files of atomic_path or the file manager's.
-        found.update(f for f in files if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != ".")
-    result = sorted(found)
+        whole = root.resolve()
+        if root.is_file():
+            found.setdefault(whole, root)
+            continue
+        for f in root.glob("**/*" if recursive else "*"):
+            # Names beginning with a dot are half-written files of atomic_path or the file manager's.
+            if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != ".":
+                found.setdefault(whole / f.relative_to(root), f)
+    result = sorted(found.values())
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(result)
     return result

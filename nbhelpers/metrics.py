@@ -51,6 +51,8 @@ def _prepare(sr: Tensor, hr: Tensor, border: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"need two pictures 'c h w' of the same shape, got {tuple(sr.shape)} and {tuple(hr.shape)}"
         )
+    if not (sr.is_floating_point() and hr.is_floating_point()):
+        raise ValueError(f"need float pictures in [0, 1], got {sr.dtype} and {hr.dtype}; divide 8-bit values by 255")
     if min(sr.shape[-2:]) <= 2 * border:
         raise ValueError(f"picture of {sr.shape[-2]}x{sr.shape[-1]} pixels is all border ({border} pixels a side)")
     cut = (..., slice(border, sr.shape[-2] - border), slice(border, sr.shape[-1] - border))

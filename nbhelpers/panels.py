@@ -18,6 +18,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from . import checkpoints, degrade, inference, metrics, runtime, show
@@ -52,9 +53,7 @@ class Comparison:
         return {name: picture for name, picture in named.items() if picture is not None}
 
 
-def crop_window(
-    height: int, width: int, size: int, across: float = 0.5, down: float = 0.5
-) -> tuple[slice, slice]:
+def crop_window(height: int, width: int, size: int, across: float = 0.5, down: float = 0.5) -> tuple[slice, slice]:
     """Rows and columns of a ``size`` x ``size`` window (0: everything), ``across``/``down`` in 0..1, 0.5 = centre."""
     h, w = (min(height, size), min(width, size)) if size else (height, width)
     top, left = round((height - h) * down), round((width - w) * across)
@@ -90,9 +89,7 @@ def compare_upscaling(
     bicubic, ms_bicubic = _timed(lambda: degrade.upscale_bicubic(low, scale).clamp(0, 1))
     milliseconds, network = {"bicubic": ms_bicubic}, None
     if model is not None:
-        network, milliseconds["network"] = _timed(
-            lambda: inference.upscale(model, low, precision=precision).cpu()
-        )
+        network, milliseconds["network"] = _timed(lambda: inference.upscale(model, low, precision=precision).cpu())
     result = Comparison(scale, low, bicubic, network, original, milliseconds)
     if original is not None:
         for name in milliseconds:
@@ -152,9 +149,7 @@ class ComparisonPanel:
         slider = functools.partial(widgets.IntSlider, min=0, max=100, value=50, readout_format="d", **wide)
         self.photo = widgets.Dropdown(options=list(self.photos), description="Photo", **wide)
         self.upload = widgets.FileUpload(accept="image/*", multiple=True, description="Upload photos", **wide)
-        self.network = widgets.Dropdown(
-            options=list(self._networks) or [BICUBIC_ONLY], description="Network", **wide
-        )
+        self.network = widgets.Dropdown(options=list(self._networks) or [BICUBIC_ONLY], description="Network", **wide)
         self.mode = widgets.ToggleButtons(options=[AS_IS, RESTORE], value=RESTORE, layout=wide["layout"])
         self.mode.style.button_width = "auto"
         self.mode.tooltips = [
@@ -201,9 +196,7 @@ class ComparisonPanel:
             [self.readout, lpips],
             layout=widgets.Layout(flex_flow="row wrap", grid_gap="4px 24px", align_items="flex-end"),
         )
-        self.root = _Root(
-            [grid, self.status, self.viewer, below], layout=widgets.Layout(width="100%", grid_gap="6px")
-        )
+        self.root = _Root([grid, self.status, self.viewer, below], layout=widgets.Layout(width="100%", grid_gap="6px"))
 
     def _repr_mimebundle_(self, **kwargs: object) -> object:
         return self.root._repr_mimebundle_(**kwargs)
@@ -232,9 +225,7 @@ class ComparisonPanel:
             self.result, note = self._compute()
         except (ValueError, OSError, RuntimeError) as error:
             self.result = None
-            self.viewer.show(
-                ("bicubic", None), ("network", None), message="Nothing to show, see the line above."
-            )
+            self.viewer.show(("bicubic", None), ("network", None), message="Nothing to show, see the line above.")
             self.readout.value = ""
             self._say(str(error), problem=True)
             return
@@ -340,9 +331,7 @@ class ComparisonPanel:
             scores = result.scores.get(key, {})
             cells = [self._number(metric, scores[metric]) for metric in keys if scores] + [f"{ms:.0f}"]
             title = html.escape(name if key == "network" else key)
-            rows.append(
-                f"<tr><th scope='row'>{title}</th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
-            )
+            rows.append(f"<tr><th scope='row'>{title}</th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
         head = "".join(f"<th scope='col'>{t}</th>" for t in ("", *titles, "milliseconds"))
         note = metrics.protocol(result.scale) if result.scores else f"Mode “{AS_IS}”: {NO_ORIGINAL}."
         if self.quality.value < 100:
@@ -364,12 +353,13 @@ class ComparisonPanel:
         # Sign and words carry the meaning; the frame only draws the eye.
         style = "border-left: 4px solid #d55e00; padding-left: 8px" if problem else ""
         sign = "⚠ " if problem else ""
-        self.status.value = (
-            f"<div role='status' style='{style}; line-height: 1.4'>{sign}{html.escape(text)}</div>"
-        )
+        self.status.value = f"<div role='status' style='{style}; line-height: 1.4'>{sign}{html.escape(text)}</div>"
 
-    def figure(self, zoom: int | None = None):
-        """The comparison on show as a matplotlib Figure, for places without a kernel. ValueError when there is none."""
+    def figure(self, crop: tuple[int, int, int, int] | None = None) -> Figure:
+        """The comparison on show, for places without a kernel; ``crop`` = (top, left, height, width) enlarges a part.
+
+        Raises ValueError when nothing is on show.
+        """
         if self.result is None:
             raise ValueError("there is no picture to draw: the panel's status line says why")
         named = {
@@ -377,7 +367,7 @@ class ComparisonPanel:
             for key, picture in self.result.pictures().items()
         }
         title = f"{self.photo.value}, x{self.result.scale}, mode “{self.mode.value}”"
-        return show.side_by_side(named, zoom=zoom, title=title)
+        return show.side_by_side(named, crop=crop, title=title)
 
 
 def bundled_photos() -> dict[str, Path]:

@@ -218,8 +218,8 @@ def _decoded_gb(paths: Sequence[Path]) -> float:
         try:
             with Image.open(path) as image:
                 total += image.width * image.height * 3
-        except (OSError, SyntaxError):
-            continue
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue  # it is reported where it is read
     return total / 1e9
 
 
@@ -249,6 +249,9 @@ def open_pairs(
         report["lazy"] = True
         return TilePairs(paths, scale, **options), report
     photos, skipped = read_photos(paths, progress)
+    if not photos:
+        roots_text = [str(r) for r in roots]
+        raise DataError(f"none of {len(paths)} pictures below {roots_text} is readable; first: {skipped[0]}")
     report |= {"photos": len(photos), "skipped": skipped}
     return PhotoPairs(photos, scale, progress=progress, **options), report
 

@@ -60,11 +60,13 @@ def find_browser() -> str:
 
 
 def short_notebook(folder: Path) -> Path:
-    """The explorer up to and with the panel's cell, outputs removed: what follows would move the controls again."""
+    """The explorer's set-up, settings and panel cells without outputs; nbval runs all its cells elsewhere."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    shown = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code" and c.source.strip() == "panel"]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    shown = [i for i, cell in enumerate(code) if cell.source.strip() == "panel"]
     assert len(shown) == 1, "00_explorer should show its panel in one cell that reads `panel`"
-    notebook.cells = [c for c in notebook.cells[: shown[0] + 1] if c.cell_type == "code"]
+    made = next(i for i, cell in enumerate(code) if "explorer_panel(" in cell.source)
+    notebook.cells = code[:2] + code[made : shown[0] + 1]
     for cell in notebook.cells:
         cell.outputs, cell.execution_count = [], None
     path = folder / "explorer.ipynb"
@@ -116,7 +118,7 @@ def wait_for_server(url: str, process: subprocess.Popen, log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def page(server):
-    """The notebook opened and run up to the panel, the viewer painted; ``page.problems`` collects console errors."""
+    """The notebook opened and run to the panel, the viewer painted; ``page.problems`` collects console errors."""
     with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
