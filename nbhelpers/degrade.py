@@ -135,10 +135,17 @@ def random_jpeg(x: Tensor, generator: torch.Generator, qualities: tuple[int, ...
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of (…, h, w), ``sigma`` in pixels; 0 leaves the picture as it is."""
-    from torchvision.transforms.functional import gaussian_blur as blur
-
-    return x if sigma <= 0 else blur(x, kernel_size=2 * int(3 * sigma + 0.5) + 1, sigma=sigma)
+    """Gaussian blur of (c, h, w) or a batch, ``sigma`` in pixels, replicated border; 0 leaves the picture as it is."""
+    if sigma <= 0:
+        return x
+    x, single = _batched(x)
+    radius, channels = int(3 * sigma + 0.5), x.shape[1]
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device) / sigma) ** 2)
+    taps = (taps / taps.sum()).expand(channels, 1, 1, -1)
+    # Replication, not torchvision's reflection, which fails on pictures smaller than the kernel.
+    x = F.pad(x, (radius,) * 4, mode="replicate")
+    x = F.conv2d(F.conv2d(x, taps, groups=channels), taps.mT, groups=channels)
+    return x[0] if single else x
 
 
 def add_noise(x: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:

@@ -53,11 +53,18 @@ def _to_8bit(image: Image.Image) -> Image.Image:
     return image
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the EXIF block is damaged, the pixels are not
+        return image
+
+
 def _decode(source: object, name: object) -> Picture:
     with Image.open(source) as opened:
         icc = opened.info.get("icc_profile") if opened.mode in ("RGB", "RGBA", "P", "PA") else None
-        image = ImageOps.exif_transpose(opened)
-        image = _to_8bit(image)
+        opened.load()
+        image = _to_8bit(_upright(opened))
         has_alpha = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
         if has_alpha:
             rgba = np.asarray(image.convert("RGBA"))

@@ -145,7 +145,7 @@ class ComparisonPanel:
 
     # ---- layout ----
     def _make_controls(self) -> None:
-        wide = {"layout": widgets.Layout(width="auto"), "style": {"description_width": "7.5em"}}
+        wide = {"layout": {"width": "auto"}, "style": {"description_width": "7.5em"}}
         slider = functools.partial(widgets.IntSlider, min=0, max=100, value=50, readout_format="d", **wide)
         self.photo = widgets.Dropdown(options=list(self.photos), description="Photo", **wide)
         self.upload = widgets.FileUpload(accept="image/*", multiple=True, description="Upload photos", **wide)
@@ -163,40 +163,27 @@ class ComparisonPanel:
             options=["bicubic", "original"], value="bicubic", description="Compare with", **wide
         )
         self.lpips = widgets.Checkbox(
-            value=False, description="LPIPS too (slower)", indent=False, layout=widgets.Layout(width="auto")
+            value=False, description="LPIPS too (slower)", indent=False, layout={"width": "auto"}
         )
         self.viewer = WipeViewer()
         self.readout, self.status = widgets.HTML(), widgets.HTML()
 
     def _controls(self) -> tuple[widgets.Widget, ...]:
         """The controls that change the pictures."""
-        return (
-            self.photo,
-            self.network,
-            self.mode,
-            self.size,
-            self.across,
-            self.down,
-            self.quality,
-            self.lpips,
-        )
+        return (self.photo, self.network, self.mode, self.size, self.across, self.down, self.quality, self.lpips)
 
     def _arrange(self) -> None:
-        columns = widgets.Layout(
-            display="grid",
-            grid_template_columns="repeat(auto-fit, minmax(min(100%, 270px), 1fr))",
-            grid_gap="2px 16px",
-        )
-        photo, network, mode, size, across, down, quality, lpips = self._controls()
+        columns = "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"  # three on a wide page, one on a narrow one
+        order = (self.photo, self.network, self.upload, self.mode, self.compare_with, self.quality)
         grid = widgets.Box(
-            [photo, network, self.upload, mode, self.compare_with, quality, size, across, down],
-            layout=columns,
+            [*order, self.size, self.across, self.down],
+            layout={"display": "grid", "grid_template_columns": columns, "grid_gap": "2px 16px"},
         )
         below = widgets.Box(
-            [self.readout, lpips],
-            layout=widgets.Layout(flex_flow="row wrap", grid_gap="4px 24px", align_items="flex-end"),
+            [self.readout, self.lpips],
+            layout={"flex_flow": "row wrap", "grid_gap": "4px 24px", "align_items": "flex-end"},
         )
-        self.root = _Root([grid, self.status, self.viewer, below], layout=widgets.Layout(width="100%", grid_gap="6px"))
+        self.root = _Root([grid, self.status, self.viewer, below], layout={"width": "100%", "grid_gap": "6px"})
 
     def _repr_mimebundle_(self, **kwargs: object) -> object:
         return self.root._repr_mimebundle_(**kwargs)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from .. import checkpoints, runtime
 from ..inference import evaluate
-from . import write
+from . import Row, read, write
 
 NAME = "set5.csv"
+MARKS = ("<!-- results: python -m nbhelpers study set5 -->", "<!-- end of results -->")
 
 
 def folders(scale: int) -> tuple[Path, Path]:
@@ -21,7 +22,7 @@ def folders(scale: int) -> tuple[Path, Path]:
 
 
 def run(fresh: bool = False, quick: bool = False) -> Path:
-    """``python -m nbhelpers study set5``: one row per network and picture, and their mean."""
+    """``python -m nbhelpers study set5``: one row per network and picture, their mean, and the README's table."""
     runtime.set_threads()
     jobs = [("bicubic", s) for s in (2, 3, 4)]
     jobs += [(n, checkpoints.card(n)["scale"]) for n in checkpoints.available()]
@@ -33,4 +34,26 @@ def run(fresh: bool = False, quick: bool = False) -> Path:
             rows.append({"model": name, "scale": scale, "image": image.removesuffix(".png"), **rounded})
     path = (runtime.RUNS / "quick_results" if quick else runtime.RESULTS) / NAME
     write(path, rows)
+    if not quick:
+        update_readme(read(path))
     return path
+
+
+def markdown(rows: list[Row]) -> str:
+    """The means as a Markdown table."""
+    lines = ["| network | scale | parameters | PSNR-Y (dB) | SSIM-Y | LPIPS-Squeeze |", "|---|---|---|---|---|---|"]
+    for r in sorted((r for r in rows if r["image"] == "mean"), key=lambda r: (r["scale"], r["psnr_y"])):
+        known = r["model"] in checkpoints.available()
+        size = f"{checkpoints.card(r['model'])['parameters']:,}" if known else "–"
+        lpips = "–" if r["lpips"] == "" else f"{r['lpips']:.3f}"
+        lines.append(f"| {r['model']} | ×{r['scale']} | {size} | {r['psnr_y']:.2f} | {r['ssim_y']:.4f} | {lpips} |")
+    return "\n".join(lines)
+
+
+def update_readme(rows: list[Row]) -> None:
+    """Replace what stands between the README's two marks."""
+    readme = runtime.ROOT / "README.md"
+    head, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
+    tail = rest.split(MARKS[1])[1]
+    with runtime.atomic_path(readme) as part:
+        part.write_text(f"{head}{MARKS[0]}\n{markdown(rows)}\n{MARKS[1]}{tail}", encoding="utf-8")

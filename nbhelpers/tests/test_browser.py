@@ -1,6 +1,7 @@
 """The explorer in real JupyterLab in headless Chromium: controls, divider and upload as a reader's hand moves them."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -41,7 +42,7 @@ HARMLESS = [
     r"/lsp/status",  # jupyter-lsp, where installed, probes for language servers and finds none
     r"/api/contents/.*checkpoints",  # a fresh copy of a notebook has no saved checkpoint yet
 ]
-START_SECONDS = 60
+START_SECONDS = 120
 CANVAS = "canvas.wipe-canvas"
 
 pytestmark = [
@@ -79,6 +80,9 @@ def server(tmp_path_factory):
     """JupyterLab on a free port with its own settings, so that nothing of the user's is read or changed."""
     folder = tmp_path_factory.mktemp("lab")
     short_notebook(folder)
+    quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))  # no look at the network, no pop-up
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,15 +95,14 @@ def server(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join([str(runtime.ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0"]
-    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None"]
-    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--ServerApp.ip=127.0.0.1"]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--ServerApp.ip=127.0.0.1"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_for_server(f"http://127.0.0.1:{port}/api?token={token}", process, folder / "server.log")
-        yield f"http://127.0.0.1:{port}/lab/tree/explorer.ipynb?token={token}"
+        yield f"http://127.0.0.1:{port}", token
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -116,6 +119,17 @@ def wait_for_server(url: str, process: subprocess.Popen, log: Path) -> None:
     pytest.fail(f"JupyterLab did not start within {START_SECONDS} s:\n{log.read_text()[-2000:]}")
 
 
+def wait_for_kernel(address: str, token: str) -> None:
+    """Until the page is connected to an idle kernel: "Run All" before that asks for a kernel or loses cells."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"{address}/api/kernels?token={token}", timeout=10) as answer:
+            if any(k["connections"] and k["execution_state"] == "idle" for k in json.load(answer)):
+                return
+        time.sleep(0.3)
+    pytest.fail(f"no kernel was ready within {START_SECONDS} s")
+
+
 @pytest.fixture(scope="module")
 def page(server):
     """The notebook opened and run to the panel, the viewer painted; ``page.problems`` collects console errors."""
@@ -125,16 +139,28 @@ def page(server):
         page.problems = []
         page.on("console", lambda m: m.type == "error" and page.problems.append(f"{m.text} ({m.location.get('url')})"))
         page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.goto(server)
+        address, token = server
+        page.goto(f"{address}/lab/tree/explorer.ipynb?token={token}")
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=START_SECONDS * 1000)
+        wait_for_kernel(address, token)
         idle = "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
         page.wait_for_function(idle, timeout=START_SECONDS * 1000)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.wait_for_selector(f"{CANVAS}[data-updates]", timeout=START_SECONDS * 1000)
+        try:
+            page.wait_for_selector(f"{CANVAS}[data-updates]", timeout=START_SECONDS * 1000)
+        except playwright_api.Error:
+            page.screenshot(path=screenshot_path("explorer_failed.png"))
+            pytest.fail(f"the viewer did not appear, see runs/screenshots/explorer_failed.png; {page.problems}")
         page.locator(CANVAS).scroll_into_view_if_needed()
         yield page
         browser.close()
+
+
+def screenshot_path(name: str) -> Path:
+    folder = runtime.RUNS / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
 def pixels(page) -> list[int]:
@@ -235,16 +261,20 @@ def test_upload_shows_the_new_photo_and_reports_the_broken_one(page, tmp_path):
 
 
 def test_screenshot_and_no_console_errors(page):
-    control(page, "Photo", "select").select_option(index=1)
+    handle = control(page, "JPEG quality", ".noUi-handle")
+    handle.press("End")
+    photo = control(page, "Photo", "select")
+    name = photo.locator("option").all_inner_texts()[1]
+    photo.select_option(label=name)
+    playwright_api.expect(page.locator("[role=status]").first).to_contain_text(f"of {name}", timeout=10_000)
     canvas = page.locator(CANVAS)
+    page.wait_for_timeout(1000)  # the words come before the picture is decoded
     before = pixels(page)
     canvas.press("Home")
     waits_for_change(page, before, "divider to the left end")
     for _ in range(5):
         canvas.press("PageUp")
     page.wait_for_function(f"() => document.querySelector('{CANVAS}').getAttribute('aria-valuenow') === '50'")
-    target = runtime.RUNS / "screenshots" / "explorer.png"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=target)
+    page.screenshot(path=screenshot_path("explorer.png"))
     ours = [text for text in page.problems if not any(re.search(pattern, text) for pattern in HARMLESS)]
     assert ours == []

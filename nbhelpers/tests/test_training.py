@@ -139,7 +139,8 @@ def test_wrong_configuration_names_the_experiments(override):
 
 
 def test_training_imports_without_widgets_plots_or_tracking():
-    block = "import sys\nfor m in ('ipywidgets','anywidget','matplotlib','tensorboard','IPython','mlflow'): sys.modules[m] = None\n"
+    names = ("ipywidgets", "anywidget", "matplotlib", "tensorboard", "IPython", "mlflow")
+    block = f"import sys\nfor m in {names}: sys.modules[m] = None\n"
     code = block + (
         "from nbhelpers import training, __main__\n"
         f"training.fit(training.compose('espcn_x2', {[*TINY, 'trainer.max_steps=5', 'name=bare']!r}), keep=False)\n"
