@@ -8,15 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .metrics import rgb_to_y
 
 def charbonnier(sr: Tensor, hr: Tensor, epsilon: float = 1e-3) -> Tensor:
     """Smooth L1: mean of sqrt(d² + ε²) (Lai et al. 2017)."""
     return torch.sqrt((sr - hr).square() + epsilon**2).mean()
 
 
+def mse_luma(sr: Tensor, hr: Tensor) -> Tensor:
+    """Mean squared error of luma (BT.601), the quantity PSNR-Y measures."""
+    return rgb_to_y(sr - hr, full_range=True).square().mean()
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": F.l1_loss,
     "mse": F.mse_loss,
+    "mse_luma": mse_luma,
     "charbonnier": charbonnier,
 }
 
