@@ -34,6 +34,8 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     command = " ".join(["python -m nbhelpers train", *args.overrides])
     result = training.train(cfg, command)
+    if not training.is_main_process():
+        return 0
     print(f"{cfg.name}: best validation PSNR-Y {result.best:.2f} dB after {result.seconds:.0f} s of training")
     print(f"written: {runtime.CHECKPOINTS / cfg.name}.safetensors, .json, .csv")
     return 0
@@ -214,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
         if type(error) in (RuntimeError, TypeError):  # a bug or a torch error: the traceback is what helps
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 

@@ -11,7 +11,6 @@ import warnings
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from . import runtime
 
@@ -66,6 +65,9 @@ def _psnr(a: Tensor, b: Tensor) -> float:
 
 
 def _ssim(a: Tensor, b: Tensor) -> float:
+    # Imported here: it takes seconds and 250 MB, which PSNR and `nbhelpers upscale` do without.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     _, full = structural_similarity_index_measure(
         a[None], b[None], gaussian_kernel=True, sigma=1.5, data_range=255.0, return_full_image=True
     )

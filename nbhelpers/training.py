@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -68,6 +69,8 @@ class PixelModule(pl.LightningModule):
         self.loss = WeightedLoss(cfg.loss)
         decay = cfg.optimizer.ema_decay
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+        if self.average is not None:
+            self.average.requires_grad_(False)  # DDP waits for a gradient of every parameter that could have one
         self.history: list[dict[str, float]] = []
         self._sum, self._count, self._seconds, self._started = 0.0, 0, 0.0, time.perf_counter()
 
@@ -307,6 +310,7 @@ def _trainer(cfg: DictConfig, folder: Path | None, device: torch.device, precisi
         log_every_n_steps=50,
         num_sanity_val_steps=0,
         limit_val_batches=0,
+        use_distributed_sampler=False,  # StepData already deals the batches out
     )
 
 
@@ -344,7 +348,7 @@ def fit(cfg: DictConfig, data: tuple | None = None, keep: bool = True) -> FitRes
         _load_best(module, folder)
     scores = [r["val_psnr_y"] for r in module.history]
     best = max(scores) if scores else float("nan")
-    return FitResult(module.final.cpu().eval(), module.history, best, module._seconds, folder)
+    return FitResult(module.final.cpu().eval().requires_grad_(True), module.history, best, module._seconds, folder)
 
 
 def _load_best(module: PixelModule, folder: Path) -> None:
@@ -354,10 +358,17 @@ def _load_best(module: PixelModule, folder: Path) -> None:
         module.load_state_dict(state)
 
 
+def is_main_process() -> bool:
+    """False in the helper processes of a distributed run, which must neither write nor print."""
+    return rank_zero_only.rank == 0
+
+
 def train(cfg: DictConfig, command: str | None = None) -> FitResult:
     """:func:`fit`, then export ``data/checkpoints/NAME`` with its card and history."""
     data = open_data(cfg, cfg.trainer.progress)
     result = fit(cfg, data)
+    if not is_main_process():
+        return result
     scale = cfg.model.scale
     card = {
         "scale": scale,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,19 +52,19 @@ def assert_same(tiled: torch.Tensor, whole: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-@pytest.mark.parametrize("tile", [13, 16, 32, 96, 130])  # 131 = 1 · 130 + 1 and 97 = 6 · 16 + 1 leave one thin pixel
+@pytest.mark.parametrize("tile", [16, 32, 96, 130])  # 131 = 1 · 130 + 1 and 97 = 6 · 16 + 1 leave one thin pixel
 def test_tiled_equals_whole(scale, tile):
     model, x = network(scale), picture(97, 131)
     assert_same(upscale(model, x, tile=tile), upscale(model, x, tile=0))
 
 
-@pytest.mark.parametrize("size", [(3, 700), (700, 3), (1, 300), (60, 161), (200, 97)])
+@pytest.mark.parametrize(
+    ("size", "tile"), [((3, 4000), 999), ((4000, 3), 1000), ((1, 300), 90), ((60, 161), 80), ((160, 97), 96)]
+)
 @pytest.mark.parametrize("channels", [8, 128])
-def test_tiled_equals_whole_for_thin_pictures(size, channels):
+def test_tiled_equals_whole_for_thin_pictures(size, tile, channels):
     model, x = network(2, channels), picture(*size)
-    whole = upscale(model, x, tile=0)
-    for tile in (7, 40):
-        assert_same(upscale(model, x, tile=tile), whole)
+    assert_same(upscale(model, x, tile=tile), upscale(model, x, tile=0))
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
@@ -72,7 +73,7 @@ def test_tiled_equals_whole_for_bicubic(scale):
     whole = upscale(model, x, tile=0)
     for tile in (13, 96):
         assert_same(upscale(model, x, tile=tile), whole)
-    assert torch.allclose(whole, upscale_bicubic(x, scale).clamp(0, 1), atol=3e-6)
+    assert torch.allclose(whole.double(), upscale_bicubic(x.double(), scale).clamp(0, 1), atol=3e-6)
 
 
 @needs_fast_bf16
@@ -80,7 +81,7 @@ def test_tiled_equals_whole_for_bicubic(scale):
 def test_tiled_equals_whole_in_bf16(scale):
     model, x = network(scale, 128), picture(97, 131)
     whole = upscale(model, x, tile=0, precision="bf16")
-    for tile in (16, 96):
+    for tile in (48, 130):
         assert_same(upscale(model, x, tile=tile, precision="bf16"), whole)
     exact = upscale(model, x, tile=0)
     assert not torch.equal(whole, exact) and (whole - exact).abs().max() < 0.1, "it is bf16, and still close"
@@ -181,26 +182,22 @@ import numpy as np, torch
 from PIL import Image
 from nbhelpers import inference, models
 
-def peak():
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(l.split()[1]) * 1024 for l in status.read_text().splitlines() if l.startswith("VmHWM"))
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(what):  # VmRSS now, VmHWM at most; getrusage would count the parent process that started this one
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
-folder = Path(sys.argv[1])
+folder, side = Path(sys.argv[1]), inference.AUTO_TILE + 8
 torch.set_num_threads(1)
-Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (4000, 24, 3))[:, :6000]).save(folder / "in.png")
-base = peak()
-side = inference.AUTO_TILE + 8
+before = memory("VmRSS")
 inference.upscale(models.build("ESPCN", scale=2, channels=128), np.zeros((side, side, 3), np.uint8), tile=0)
-one_tile = peak() - base
-inference.upscale_file(models.build("ESPCN", scale=2, channels=1), folder / "in.png", folder / "out.jpg")
-print(one_tile, peak())
+one_tile = memory("VmHWM") - before
+Image.fromarray(np.tile(np.arange(250, dtype=np.uint8)[None, :, None], (4000, 24, 3))).save(folder / "in.bmp")
+inference.upscale_file(models.build("ESPCN", scale=2, channels=1), folder / "in.bmp", folder / "out.jpg")
+print(one_tile, memory("VmHWM"))
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a Unix's count of peak memory")
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's count of peak memory")
 def test_memory_of_a_24_megapixel_photo_is_bounded(tmp_path):
     """A photo of 6000x4000 at x2 within 1.5 GB beside the decoded pictures, the Python process itself included.
 
@@ -214,6 +211,7 @@ def test_memory_of_a_24_megapixel_photo_is_bounded(tmp_path):
     one_tile, full = map(int, done.stdout.split())
     pictures = 3 * (6000 * 4000 + 12000 * 8000)
     assert one_tile > 2 * 128 * 4 * inference.AUTO_TILE**2 * 0.9, "the tile's features were really held"
+    print(f"one tile {one_tile / 1e6:.0f} MB, full run {full / 1e6:.0f} MB, pictures {pictures / 1e6:.0f} MB")
     assert full + one_tile - pictures < 1.5e9
     assert Image.open(tmp_path / "out.jpg").size == (12000, 8000)
 
