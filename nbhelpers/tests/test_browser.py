@@ -187,8 +187,9 @@ def status(page) -> str:
 
 
 def control(page, name: str, kind: str):
-    box = page.locator(".jupyter-widgets").filter(has=page.get_by_text(name, exact=True))
-    return box.locator(kind).first
+    """The ``kind`` of element in the one dropdown or slider that is labelled ``name``."""
+    box = page.locator(".widget-dropdown, .widget-slider").filter(has=page.get_by_text(name, exact=True))
+    return box.locator(kind)
 
 
 def test_picture_is_there_and_not_flat(page):
