@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from . import models, runtime
@@ -60,7 +61,7 @@ def save(
     path = _folder(folder) / f"{name}.safetensors"
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with runtime.atomic_path(path) as part:
-        save_file(state, part)
+        part.write_bytes(to_bytes(state))  # save_file would make the file readable to its owner only
     rows = list(history)
     if rows:
         with runtime.atomic_path(path.with_suffix(".csv")) as part, part.open("w", newline="") as file:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .metrics import rgb_to_y
 
+
 def charbonnier(sr: Tensor, hr: Tensor, epsilon: float = 1e-3) -> Tensor:
     """Smooth L1: mean of sqrt(d² + ε²) (Lai et al. 2017)."""
     return torch.sqrt((sr - hr).square() + epsilon**2).mean()

@@ -165,7 +165,7 @@ def test_upscale_of_an_empty_folder(tiny, tmp_path, capsys):
         (["upscale", "PHOTOS/a.png", "-o", "PHOTOS/a.xyz", "--model", "tiny_x2"], ["'.xyz'"]),
         (["train", "experiment=espcn_x9"], ["espcn_x9", "espcn_x4"]),
         (["train", "optimizer.rate=1"], ["optimizer.rate"]),
-        (["train", "data.roots=[/no/such/folder]", "trainer.progress=false"], ["no folder '/no/such/folder'", "bundled"]),
+        (["train", "data.roots=[/no/such]", "trainer.progress=false"], ["no folder '/no/such'", "bundled"]),
         (["study", "alchemy"], ["'alchemy'"]),
     ],
 )

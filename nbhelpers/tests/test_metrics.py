@@ -62,6 +62,16 @@ def test_ssim_against_scikit_image(border):
     assert 0.2 < expected < 0.95
 
 
+def test_ssim_agrees_with_torchmetrics_inside_the_window():
+    """Another implementation: a two-dimensional convolution; its mirrored border of half a window is cut."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    sr, hr = pair()
+    a, b = (torch.from_numpy(np.ascontiguousarray(luma(x)))[None, None] for x in (sr, hr))
+    _, full = structural_similarity_index_measure(a, b, sigma=1.5, data_range=255.0, return_full_image=True)
+    assert metrics.ssim_y(sr, hr, 0) == pytest.approx(float(full[..., 5:-5, 5:-5].mean()), abs=1e-6)
+
+
 def test_the_border_does_not_count():
     sr, hr = pair()
     spoilt = sr.clone()
@@ -148,9 +158,7 @@ def test_lpips_of_equal_and_different_pictures():
 
 
 @needs_shared
-@pytest.mark.parametrize(
-    ("scale", "psnr", "lpips"), [(2, 33.67, 0.103), (3, 30.40, 0.193), (4, 28.43, 0.286)]
-)
+@pytest.mark.parametrize(("scale", "psnr", "lpips"), [(2, 33.67, 0.103), (3, 30.40, 0.193), (4, 28.43, 0.286)])
 def test_bicubic_on_set5_gives_the_published_numbers(scale, psnr, lpips):
     folder = runtime.shared() / "data" / "bench" / "Set5"
     rows = []

@@ -29,7 +29,8 @@ def problems(notebook: dict, size: int) -> list[str]:
     compared = [c for c in code if COMPARED in c["metadata"].get("tags", [])]
     if len(compared) < 3:
         found.append(f"{len(compared)} cells tagged {COMPARED}, needed are 3")
-    found += [f"cell [{c['execution_count']}] is tagged {COMPARED} but prints nothing" for c in compared if not _text(c)]
+    silent = [c["execution_count"] for c in compared if not _text(c)]
+    found += [f"cell [{count}] is tagged {COMPARED} but prints nothing" for count in silent]
     if not any({"image/png", "image/jpeg"} & set(o.get("data", ())) for c in code for o in c["outputs"]):
         found.append("shows no PNG or JPEG picture")
     return found + [f"cell [{c['execution_count']}] {why}" for c in code for why in _cell_problems(c)]

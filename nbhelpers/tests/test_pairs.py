@@ -182,7 +182,7 @@ def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(DataError, match=r"unreadable or below 64 pixels; last: .*a\.png"):
         TilePairs(sorted(small.glob("*")), 2, patch=32)[0]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no pictures below .*empty"):
+    with pytest.raises(DataError, match=r"no pictures below .*empty"):
         open_pairs(tmp_path / "empty", 2)
     bad = tmp_path / "bad"
     bad.mkdir()
