@@ -64,7 +64,7 @@ def _finite(value: object) -> object:
 
 
 def _print_evaluation(result: dict) -> None:
-    from .metrics import LPIPS_MISSING, NAMES
+    from .metrics import LPIPS_MISSING, NAMES, lpips_available
 
     keys = list(result["mean"])
     width = max(len(n) for n in [*result["images"], "mean"])
@@ -73,7 +73,7 @@ def _print_evaluation(result: dict) -> None:
         cells = ["–" if row[k] is None else f"{row[k]:.2f}" if "psnr" in k else f"{row[k]:.4f}" for k in keys]
         print(name.ljust(width) + "".join(f"{c:>16}" for c in cells))
     print(result["protocol"])
-    if result["mean"].get("lpips") is None:
+    if not lpips_available():
         print(f"LPIPS {LPIPS_MISSING}")
 
 

@@ -171,10 +171,13 @@ def find_images(
 
 
 def camera_model(path: str | Path) -> str | None:
-    """Camera model from the EXIF block, or None."""
+    """Camera model from the EXIF block; None without one, or where the block is damaged. Raises ImageError."""
     try:
         with Image.open(path) as image:
-            model = image.getexif().get(EXIF_MODEL)
+            try:
+                model = image.getexif().get(EXIF_MODEL)
+            except Exception:  # a damaged block raises many kinds, and the picture itself may be sound
+                return None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(path, f"EXIF could not be read ({error})") from error
+        raise ImageError(path, f"cannot be opened ({error})") from error
     return str(model).strip("\x00 ") if model else None

@@ -288,8 +288,11 @@ def _trainer(cfg: DictConfig, folder: Path | None, device: torch.device, precisi
         if t.save_every:
             callbacks.append(
                 ModelCheckpoint(
-                    filename="step_{step}", every_n_epochs=max(1, t.save_every // t.val_every), save_top_k=-1,
-                    auto_insert_metric_name=False, **keep,
+                    filename="step_{step}",
+                    every_n_epochs=max(1, t.save_every // t.val_every),
+                    save_top_k=-1,
+                    auto_insert_metric_name=False,
+                    **keep,
                 )
             )
     return pl.Trainer(

@@ -26,5 +26,5 @@ def build(arch: str, **kwargs: object) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Weights and biases of a network; frozen ones count, fixed kernels (buffers) do not."""
+    return sum(p.numel() for p in model.parameters())

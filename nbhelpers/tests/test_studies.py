@@ -9,7 +9,8 @@ import pytest
 from nbhelpers import runtime, studies
 from nbhelpers.studies import Study, espcn, read, run_study, set5, summary, write
 
-SMALL = ["data.limit=2", "data.val_limit=1", "data.patch=12", "data.batch=2", "trainer.max_steps=2", "trainer.val_every=2"]
+SMALL = ["data.limit=2", "data.val_limit=1", "data.patch=12", "data.batch=2"]
+SMALL += ["trainer.max_steps=2", "trainer.val_every=2"]
 
 
 @pytest.fixture
@@ -55,7 +56,8 @@ def test_rows_made_with_other_settings_are_run_again(study):
 
 
 def test_summary_agrees_with_the_closed_form():
-    rows = [{"variant": v, "seed": s, "x": x} for v, xs in {"a": (1, 2, 3), "b": (3, 4, 8)}.items() for s, x in enumerate(xs)]
+    values = {"a": (1, 2, 3), "b": (3, 4, 8)}
+    rows = [{"variant": v, "seed": s, "x": x} for v, xs in values.items() for s, x in enumerate(xs)]
     result = summary(rows, "x", reference="a")
     # Student's t for 2 degrees of freedom at 97.5 % is 4.302653; gains are 2, 2, 5.
     assert result["a"]["mean"] == 2 and result["a"]["half"] == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
