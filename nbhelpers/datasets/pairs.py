@@ -100,16 +100,14 @@ class _Buffer:
         return self.pixels[index].permute(0, 3, 1, 2)
 
 
-class PhotoPairs(Dataset):
-    """Photos in memory. ``pairs[step]`` → (lr "b 3 p p", hr "b 3 p·scale p·scale") uint8, the same for a seed and step.
+class Pairs(Dataset):
+    """``pairs[step]`` → (lr "b 3 p p", hr "b 3 p·scale p·scale") uint8, a pure function of seed and step.
 
-    Each photo is shrunk whole, once, by ``downscaler``; crops are then taken at the same place of both, so LR and
-    HR are aligned to the scale. ``patch`` is in LR pixels; positions are uniform over all photos' pixels.
+    ``patch`` is p in LR pixels, ``batch`` is b; ``augment`` flips and transposes, ``jpeg`` damages the LR side.
     """
 
     def __init__(
         self,
-        photos: Sequence[Tensor],
         scale: int,
         patch: int = 48,
         batch: int = 16,
@@ -118,8 +116,35 @@ class PhotoPairs(Dataset):
         jpeg: bool = False,
         augment: bool = True,
         length: int = 2**31,
-        progress: bool = False,
     ):
+        self.scale, self.patch, self.batch, self.seed = scale, patch, batch, seed
+        self.downscaler, self.jpeg, self.augment, self.length = downscaler, jpeg, augment, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        generator = step_generator(self.seed, step)
+        lr, hr = self.sample(generator)
+        if self.jpeg:
+            lr = random_jpeg(lr.float() / 255, generator).mul(255).round().byte()
+        return lr, hr
+
+    def sample(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One undamaged batch drawn with ``g``."""
+        raise NotImplementedError
+
+
+class PhotoPairs(Pairs):
+    """Photos in memory; ``settings`` are those of :class:`Pairs`.
+
+    Each photo is shrunk whole, once, by ``downscaler``; crops are then taken at the same place of both, so LR and
+    HR are aligned to the scale. Positions are uniform over all photos' pixels.
+    """
+
+    def __init__(self, photos: Sequence[Tensor], scale: int, *, progress: bool = False, **settings: object):
+        super().__init__(scale, **settings)
+        patch = self.patch
         big = [crop_to_multiple(p, scale) for p in photos if min(p.shape[-2:]) >= patch * scale]
         if not big:
             raise DataError(
@@ -127,56 +152,37 @@ class PhotoPairs(Dataset):
                 f"{scale} needs; choose a smaller data.patch or larger photos"
             )
         small = [
-            downscale(p.float() / 255, scale, downscaler).mul(255).round().byte()
+            downscale(p.float() / 255, scale, self.downscaler).mul(255).round().byte()
             for p in tqdm(big, desc=f"shrinking x{scale}", unit="photo", disable=not progress, leave=False)
         ]
         self.skipped_small = len(photos) - len(big)
-        self.scale, self.patch, self.batch, self.seed = scale, patch, batch, seed
-        self.jpeg, self.augment, self.length = jpeg, augment, length
         self.room = torch.tensor([(p.shape[-2] - patch + 1, p.shape[-1] - patch + 1) for p in small])
         self.weights = self.room.prod(1).double()
         self.hr, self.lr = _Buffer(big), _Buffer(small)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        g = step_generator(self.seed, step)
+    def sample(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See :class:`Pairs`."""
         which = torch.multinomial(self.weights, self.batch, replacement=True, generator=g)
         position = (torch.rand(self.batch, 2, generator=g) * self.room[which]).long()
         flips = torch.randint(2 if self.augment else 1, (self.batch, 3), generator=g)
         top, left = position.unbind(1)
         lr = self.lr.crop(which, top, left, self.patch, flips)
         hr = self.hr.crop(which, top * self.scale, left * self.scale, self.patch * self.scale, flips)
-        return (_jpeg_bytes(lr, g) if self.jpeg else lr), hr
+        return lr, hr
 
 
-class TilePairs(Dataset):
+class TilePairs(Pairs):
     """The same batches from tile files too many for memory: each batch decodes only the tiles it needs."""
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        scale: int,
-        patch: int = 48,
-        batch: int = 16,
-        seed: int = 0,
-        downscaler: str = "matlab",
-        jpeg: bool = False,
-        augment: bool = True,
-        length: int = 2**31,
-    ):
-        self.paths, self.length, self.scale, self.seed = list(paths), length, scale, seed
-        self.patch, self.batch, self.downscaler, self.jpeg, self.augment = patch, batch, downscaler, jpeg, augment
+    def __init__(self, paths: Sequence[Path], scale: int, **settings: object):
+        super().__init__(scale, **settings)
+        self.paths = list(paths)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        g = step_generator(self.seed, step)
+    def sample(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See :class:`Pairs`."""
         pairs = [self._one(g) for _ in range(self.batch)]
         lr, hr = (torch.stack(side) for side in zip(*pairs, strict=True))
-        return (_jpeg_bytes(lr, g) if self.jpeg else lr), hr
+        return lr, hr
 
     def _one(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
         need = self.patch * self.scale
@@ -207,10 +213,6 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
 
-def _jpeg_bytes(lr: Tensor, g: torch.Generator) -> Tensor:
-    return random_jpeg(lr.float() / 255, g).mul(255).round().byte()
-
-
 def _decoded_gb(paths: Sequence[Path]) -> float:
     """Size of the decoded photos in GB, from the file headers alone."""
     total = 0
@@ -232,7 +234,7 @@ def open_pairs(
     memory_limit_gb: float = MEMORY_LIMIT_GB,
     progress: bool = True,
     **options: object,
-) -> tuple[PhotoPairs | TilePairs, dict[str, object]]:
+) -> tuple[Pairs, dict[str, object]]:
     """Pairs from folders, names of ``NAMED`` or files, in memory if they fit ``memory_limit_gb``, else lazily.
 
     ``limit`` takes the first so many photos of the sorted (or shuffled) list. ``options`` go to the data set.
@@ -267,9 +269,7 @@ class _Steps(torch.utils.data.Sampler):
         return len(self.range)
 
 
-def loader(
-    pairs: PhotoPairs | TilePairs, start: int, stop: int, workers: int = 0, pin_memory: bool = False
-) -> DataLoader:
+def loader(pairs: Pairs, start: int, stop: int, workers: int = 0, pin_memory: bool = False) -> DataLoader:
     """Batches for steps ``start`` … ``stop - 1`` in order; any number of workers gives the same batches."""
     return DataLoader(
         pairs,

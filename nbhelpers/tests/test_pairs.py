@@ -110,8 +110,8 @@ def same(a, b) -> bool:
 def test_batches_are_a_function_of_seed_and_step(tmp_path, jpeg):
     photos = {"a.png": textured(60, 70), "b.png": textured(50, 90, 1)}
     paths = sorted(write(tmp_path, photos).glob("*.png"))
-    for make in (lambda s: PhotoPairs(list(photos.values()), 2, 16, 4, s, jpeg=jpeg), 
-                 lambda s: TilePairs(paths, 2, 16, 4, s, jpeg=jpeg)):  # fmt: skip
+    for make in (lambda s: PhotoPairs(list(photos.values()), 2, patch=16, batch=4, seed=s, jpeg=jpeg), 
+                 lambda s: TilePairs(paths, 2, patch=16, batch=4, seed=s, jpeg=jpeg)):  # fmt: skip
         one, two, other = make(0), make(0), make(1)
         torch.manual_seed(5)
         expected = [one[s] for s in (0, 1, 7, 10**6)]
@@ -122,13 +122,13 @@ def test_batches_are_a_function_of_seed_and_step(tmp_path, jpeg):
 
 def test_jpeg_damages_the_input_only():
     photo = textured(60, 60)
-    clean, hurt = PhotoPairs([photo], 2, 16, 4)[3], PhotoPairs([photo], 2, 16, 4, jpeg=True)[3]
+    clean, hurt = (PhotoPairs([photo], 2, patch=16, batch=4, jpeg=j)[3] for j in (False, True))
     assert torch.equal(clean[1], hurt[1]) and not torch.equal(clean[0], hurt[0])
 
 
 def test_workers_give_the_same_batches(tmp_path):
     paths = sorted(write(tmp_path, {"a.png": textured(40, 40), "b.png": textured(40, 50, 1)}).glob("*.png"))
-    pairs = TilePairs(paths, 2, 8, 2)
+    pairs = TilePairs(paths, 2, patch=8, batch=2)
     alone = list(loader(pairs, 3, 7))
     spread = list(loader(pairs, 3, 7, workers=2))
     assert len(alone) == len(spread) == 4
