@@ -16,7 +16,8 @@ def _add_inference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile", type=int, help="tile side in input pixels; 0 = whole picture (default: automatic)")
     parser.add_argument("--overlap", type=int, help="pixels seen around a tile (default: receptive field, seam-free)")
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: cpu)", default="cpu")
-    parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16", "fp16"])
+    text = "arithmetic; auto takes the fast one of this machine (default: fp32, reproducible)"
+    parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16", "fp16"], help=text)
 
 
 def _inference_options(args: argparse.Namespace) -> dict:
@@ -27,8 +28,9 @@ def _train(args: argparse.Namespace) -> int:
     from omegaconf import OmegaConf
 
     from . import runtime, training
+    from .experiments import compose
 
-    cfg = training.compose(overrides=args.overrides)
+    cfg = compose(overrides=args.overrides)
     if args.show:
         print(OmegaConf.to_yaml(cfg, resolve=True), end="")
         return 0
@@ -52,7 +54,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         keys = ("model", "scale", "protocol", "images", "mean")
         print(json.dumps({k: _finite(result[k]) for k in keys}, ensure_ascii=False))
         return 0
-    _print_evaluation(result)
+    _print_evaluation(result, not args.no_lpips)
     return 0
 
 
@@ -63,17 +65,17 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _print_evaluation(result: dict) -> None:
+def _print_evaluation(result: dict, lpips: bool) -> None:
     from .metrics import LPIPS_MISSING, NAMES, lpips_available
 
-    keys = list(result["mean"])
+    keys = [k for k in result["mean"] if lpips or k != "lpips"]
     width = max(len(n) for n in [*result["images"], "mean"])
     print(f"{result['model']}".ljust(width) + "".join(f"{NAMES[k]:>16}" for k in keys))
     for name, row in [*result["images"].items(), ("mean", result["mean"])]:
         cells = ["–" if row[k] is None else f"{row[k]:.2f}" if "psnr" in k else f"{row[k]:.4f}" for k in keys]
         print(name.ljust(width) + "".join(f"{c:>16}" for c in cells))
     print(result["protocol"])
-    if not lpips_available():
+    if lpips and not lpips_available():
         print(f"LPIPS {LPIPS_MISSING}")
 
 
@@ -82,11 +84,11 @@ def _upscale(args: argparse.Namespace) -> int:
 
     plan = plan_outputs(args.inputs, args.output, args.format)
     if not plan:
-        print(f"error: no pictures in {', '.join(map(str, args.inputs))}", file=sys.stderr)
-        return 1
+        raise FileNotFoundError(f"no pictures in {', '.join(map(str, args.inputs))}")
     model = get_model(args.model, args.scale)
     report = upscale_files(model, plan, args.skip_existing, **_inference_options(args))
-    print(f"{len(report.written)} of {len(plan)} pictures written to {args.output} in {report.seconds:.1f} s")
+    there = f", {report.existing} were there already" if report.existing else ""
+    print(f"{len(report.written)} of {len(plan)} pictures written to {args.output} in {report.seconds:.1f} s{there}")
     if report.skipped:
         print(f"{len(report.skipped)} skipped:", *report.skipped, sep="\n  ", file=sys.stderr)
     return 1 if report.skipped else 0
@@ -123,7 +125,7 @@ def _download(args: argparse.Namespace) -> int:
     if args.name == "lpips":
         from .metrics import download_lpips
 
-        print(download_lpips())
+        print(download_lpips(args.target))
     else:
         from .datasets.download import fetch
 
@@ -170,14 +172,14 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p = commands.add_parser(
         "train",
         help="train a network: experiment=NAME key=value …",
-        epilog="example: python -m nbhelpers train experiment=espcn_x4 data.roots=[bundled] trainer.max_steps=1000",
+        epilog='example: python -m nbhelpers train experiment=espcn_x4 name=mine "data.roots=[my/photos]"',
     )
     p.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and any key that --show prints")
     p.add_argument("--show", action="store_true", help="print the whole configuration and stop")
     p.set_defaults(run=_train)
 
     p = commands.add_parser("study", help="run a notebook's controlled comparison; results go to data/results")
-    p.add_argument("name", help="name of the study, for example espcn")
+    p.add_argument("name", help="espcn (notebook 01) or set5 (the table in README)")
     p.add_argument("--fresh", action="store_true", help="drop finished runs and start again (default: resume)")
     p.add_argument("--quick", action="store_true", help="a few steps per run, written to runs/, to see that it works")
     p.set_defaults(run=_study)
@@ -190,7 +192,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
     p = commands.add_parser("download", help="fetch a data set or weights, hash-checked")
     p.add_argument("name", choices=["div2k_train", "div2k_valid", "flowers102", "lpips"])
-    p.add_argument("--target", type=Path, help="folder (default: runs/downloads/NAME)")
+    p.add_argument("--target", type=Path, help="folder (default: runs/downloads/NAME; lpips: the torch cache)")
     p.set_defaults(run=_download)
 
     p = commands.add_parser("tiles", help="cut folders of photos into lossless training tiles")
@@ -213,10 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
-    except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
-        if type(error) in (RuntimeError, TypeError):  # a bug or a torch error: the traceback is what helps
+    except (ValueError, RuntimeError, OSError) as error:
+        if type(error) is RuntimeError:  # a bug or a torch error: the traceback is what helps
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        lines = str(error).strip().splitlines()
+        # A DataLoader worker hands over its whole traceback; the last line is what went wrong.
+        text = lines[-1] if "Original Traceback" in str(error) else " ".join(lines)
+        print("error:", " ".join(text.split()), file=sys.stderr)
         return 2
 
 

@@ -62,12 +62,8 @@ def save(
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with runtime.atomic_path(path) as part:
         part.write_bytes(to_bytes(state))  # save_file would make the file readable to its owner only
-    rows = list(history)
-    if rows:
-        with runtime.atomic_path(path.with_suffix(".csv")) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    if rows := list(history):
+        runtime.write_csv(path.with_suffix(".csv"), rows)
     full = {
         "name": name,
         "arch": arch,

@@ -188,10 +188,11 @@ def upscale_file(model: nn.Module, source: str | Path, target: str | Path, **opt
 
 @dataclass
 class FolderReport:
-    """What a folder run did: ``written`` paths, ``skipped`` messages, seconds."""
+    """What a folder run did: ``written`` paths, ``skipped`` messages, number ``existing`` before, seconds."""
 
     written: list[Path] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    existing: int = 0
     seconds: float = 0.0
 
 
@@ -203,6 +204,8 @@ def plan_outputs(inputs: Sequence[str | Path], output: str | Path, suffix: str =
     one target or an input would be overwritten.
     """
     output = Path(output)
+    if len(inputs) > 1 and output.suffix.lower() in SUFFIXES and not output.is_dir():
+        raise ValueError(f"{output} names one picture, but there are {len(inputs)} inputs; give a folder")
     plan: dict[Path, Path] = {}
     for given in map(Path, inputs):
         one_file = len(inputs) == 1 and given.is_file() and output.suffix and not output.is_dir()
@@ -237,6 +240,7 @@ def upscale_files(
     for source, target in (bar := tqdm(plan.items(), unit="picture", disable=not progress)):
         bar.set_description(source.name[:30])
         if skip_existing and target.is_file():
+            report.existing += 1
             continue
         try:
             report.written.append(upscale_file(model, source, target, progress=progress, **options))
@@ -315,11 +319,3 @@ def evaluate(
         "mean": metrics.mean(list(images.values())),
         "skipped": skipped,
     }
-
-
-@contextlib.contextmanager
-def timed() -> Iterator[list[float]]:
-    """``with timed() as t: …`` puts the elapsed milliseconds into ``t[0]``."""
-    box, start = [float("nan")], time.perf_counter()
-    yield box
-    box[0] = (time.perf_counter() - start) * 1e3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -146,14 +147,14 @@ def mean(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
     return out
 
 
-def download_lpips() -> str:
+def download_lpips(target: Path | None = None) -> str:
     """Fetch SqueezeNet 1.1's ImageNet weights (5 MB, hash-checked by torch) into the torch cache; returns the path.
 
     Raises OSError with the URL and the target folder where the machine has no internet or the hash is wrong.
     """
     from torchvision.models import SqueezeNet1_1_Weights
 
-    url, folder = SqueezeNet1_1_Weights.IMAGENET1K_V1.url, runtime.torch_home() / "hub" / "checkpoints"
+    url, folder = SqueezeNet1_1_Weights.IMAGENET1K_V1.url, target or runtime.torch_home() / "hub" / "checkpoints"
     try:
         torch.hub.load_state_dict_from_url(url, model_dir=str(folder), check_hash=True, map_location="cpu")
     except (OSError, RuntimeError) as error:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from . import checkpoints, models, runtime
 
@@ -43,7 +44,7 @@ def training_step_times(steps: int = 12, batch: int = 32, patch: int = 32, scale
         variants += [(runtime.pick_precision(device), False), (runtime.pick_precision(device), True)]
     lr, hr = torch.rand(batch, 3, patch, patch), torch.rand(batch, 3, patch * scale, patch * scale)
     rows = []
-    for precision, last in variants:
+    for precision, last in tqdm(variants, desc="training step", leave=False):
         layout = torch.channels_last if last else torch.contiguous_format
         model = models.build("ESPCN", scale=scale).to(device, memory_format=layout)
         x, y = (t.to(device).contiguous(memory_format=layout) for t in (lr, hr))
@@ -65,10 +66,10 @@ def training_step_times(steps: int = 12, batch: int = 32, patch: int = 32, scale
 
 
 @torch.inference_mode()
-def inference_times(name: str, repeats: int = 12, side: int = 128) -> list[dict]:
-    """Median time of ``name`` on one (3, side, side) picture per precision, and per output megapixel."""
+def inference_times(model: torch.nn.Module, repeats: int = 12, side: int = 128) -> list[dict]:
+    """Median time of an upscaler on one (3, side, side) picture per precision, and per output megapixel."""
     device = runtime.pick_device()
-    model = checkpoints.load(name, device).to(memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last)
     x = torch.rand(1, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
     megapixels = (side * model.scale) ** 2 / 1e6
     rows = []
@@ -81,10 +82,13 @@ def inference_times(name: str, repeats: int = 12, side: int = 128) -> list[dict]
 
 def main(args: argparse.Namespace) -> int:
     """``python -m nbhelpers benchmark``."""
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps} must be at least 1")
+    model = checkpoints.load(args.model)
     runtime.set_threads()
     result = {"machine": runtime.machine(), "training_step": training_step_times(args.steps)}
-    if args.model in checkpoints.available():
-        result["inference"] = {"model": args.model, "input": "128x128", "rows": inference_times(args.model, args.steps)}
+    rows = inference_times(model, args.steps)
+    result["inference"] = {"model": args.model, "input": "128x128", "rows": rows}
     if args.json:
         print(json.dumps(result))
         return 0
@@ -93,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
     for row in result["training_step"]:
         layout = "channels_last" if row["channels_last"] else "plain layout"
         print(f"  {row['precision']:<5}{layout:<15}{row['ms']:>8.1f} ms{row['speedup']:>8.2f}x")
-    for row in result.get("inference", {}).get("rows", []):
+    for row in result["inference"]["rows"]:
         print(
             f"  {args.model} on 128x128, {row['precision']}: {row['ms']:.1f} ms, "
             f"{row['ms_per_output_megapixel']:.0f} ms per output megapixel"

@@ -13,48 +13,21 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
 
 from . import checkpoints, models, runtime
-from .datasets.pairs import loader, open_pairs, read_photos, resolve_root
+from .datasets.pairs import DataError, loader, open_pairs, read_photos, resolve_root, split
 from .degrade import crop_to_multiple, downscale
+from .experiments import TrainingError, check, compose, differences, run_folder
 from .images import find_images
 from .losses import WeightedLoss
 from .metrics import protocol, psnr_y
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on (loss not finite, another configuration in its folder); says what to do."""
-
-
-def compose(experiment: str | None = None, overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration the command line would use: ``configs/train.yaml`` + experiment + overrides.
-
-    Raises TrainingError for an unknown experiment or key, listing the experiments there are.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    first = [f"experiment={experiment}"] if experiment else []
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra_compose("train", [*first, *overrides])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise TrainingError(f"{error}\nexperiments: {experiments()}; all keys: `nbhelpers train --show`") from None
-
-
-def experiments() -> list[str]:
-    """Names of the experiments under ``configs/experiment``."""
-    return sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 
 
 class PixelModule(pl.LightningModule):
@@ -63,9 +36,15 @@ class PixelModule(pl.LightningModule):
     Batches are (lr, hr) uint8 "b 3 h w". ``validation`` is a list of (lr, hr) float pictures "3 h w" in [0, 1].
     """
 
-    def __init__(self, model: nn.Module, cfg: DictConfig, validation: Sequence[tuple[Tensor, Tensor]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        cfg: DictConfig,
+        validation: Sequence[tuple[Tensor, Tensor]],
+        history_file: Path | None = None,
+    ):
         super().__init__()
-        self.model, self.cfg, self.validation = model, cfg, list(validation)
+        self.model, self.cfg, self.validation, self.history_file = model, cfg, list(validation), history_file
         self.loss = WeightedLoss(cfg.loss)
         decay = cfg.optimizer.ema_decay
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
@@ -135,6 +114,8 @@ class PixelModule(pl.LightningModule):
         }
         self._sum, self._count = 0.0, 0
         self.history.append(row)
+        if self.history_file and is_main_process():
+            runtime.write_csv(self.history_file, self.history)  # whole, so a resumed run continues the same file
         self.log("val_psnr_y", score, prog_bar=True, rank_zero_only=True)
         self.log("train_loss", row["train_loss"], rank_zero_only=True)
 
@@ -193,9 +174,13 @@ class _EveryNth(torch.utils.data.Dataset):
         return len(self.pairs) // self.n
 
 
-def validation_pictures(cfg: DictConfig) -> list[tuple[Tensor, Tensor]]:
+def validation_pictures(cfg: DictConfig, paths: Sequence[Path]) -> list[tuple[Tensor, Tensor]]:
     """(lr, hr) pictures for validation, made by the experiment's own downscaler."""
-    photos, _ = read_photos(find_images(resolve_root(cfg.data.val_root))[: cfg.data.val_limit], progress=False)
+    photos, skipped = read_photos(paths[: cfg.data.val_limit], progress=False)
+    if skipped:
+        tqdm.write(f"validation photos left out: {'; '.join(skipped)}")
+    if not photos and cfg.data.val_limit != 0:
+        raise DataError(f"no readable validation pictures (data.val_root={cfg.data.val_root})")
     out = []
     for photo in photos:
         hr = crop_to_multiple(photo.float() / 255, cfg.model.scale)
@@ -204,82 +189,77 @@ def validation_pictures(cfg: DictConfig) -> list[tuple[Tensor, Tensor]]:
 
 
 def open_data(cfg: DictConfig, progress: bool = True):
-    """Training pairs and validation pictures of a configuration, with a report (see ``open_pairs``)."""
+    """(pairs, validation pictures, report) of a configuration; see ``open_pairs`` for the report.
+
+    Validation photos come from ``data.val_root``, or with ``data.valid_fraction`` from the training photos.
+    """
     d = cfg.data
+    roots = d.roots if isinstance(d.roots, str) else list(d.roots)
+    if d.valid_fraction:
+        folders = [resolve_root(r) for r in ([roots] if isinstance(roots, str) else roots)]
+        roots, validation = split(find_images(folders), d.valid_fraction, cfg.seed)
+    else:
+        validation = find_images(resolve_root(d.val_root))
+    options = {k: d[k] for k in ("patch", "batch", "downscaler", "jpeg", "augment", "limit", "shuffle_seed")}
     pairs, report = open_pairs(
-        list(d.roots),
-        cfg.model.scale,
-        limit=d.limit,
-        shuffle_seed=d.shuffle_seed,
-        memory_limit_gb=d.memory_limit_gb,
-        progress=progress,
-        patch=d.patch,
-        batch=d.batch,
-        seed=cfg.seed,
-        downscaler=d.downscaler,
-        jpeg=d.jpeg,
-        augment=d.augment,
+        roots, cfg.model.scale, memory_limit_gb=d.memory_limit_gb, progress=progress, seed=cfg.seed, **options
     )
-    return pairs, validation_pictures(cfg), report
+    return pairs, validation_pictures(cfg, validation), report
 
 
 @dataclass
 class FitResult:
-    """What :func:`fit` returns: the network (averaged weights, eval), its history rows, the best validation PSNR-Y."""
+    """What :func:`fit` returns: the network (averaged weights, eval), history rows, best PSNR-Y, report on the data."""
 
     model: nn.Module
     history: list[dict[str, float]]
     best: float
     seconds: float
     folder: Path
+    data: dict[str, object]
 
 
-def _run_folder(cfg: DictConfig) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint to resume from; refuses a folder made with another configuration."""
-    folder = runtime.RUNS / "train" / str(cfg.name)
-    last, config = folder / "last.ckpt", folder / "config.yaml"
-    if cfg.resume == "never" or not last.is_file():
-        for old in folder.glob("*.ckpt"):
-            old.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        with runtime.atomic_path(config) as part:
-            part.write_text(OmegaConf.to_yaml(cfg, resolve=True))
-        return folder, None
-    before = OmegaConf.to_container(OmegaConf.load(config))
-    now = OmegaConf.to_container(cfg, resolve=True)
-    if changed := _differences(before, now):
-        raise TrainingError(
-            f"the unfinished run in runs/train/{cfg.name} has another configuration ({'; '.join(changed)}); "
-            "use resume=never to start again, or another name="
-        )
-    return folder, last
+class StepBar(Callback):
+    """One progress bar for the whole run, in optimizer steps, with the last loss and validation score."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: PixelModule) -> None:
+        """Begin where a resumed run stands."""
+        total, name = module.cfg.trainer.max_steps, str(module.cfg.name)
+        hidden = not is_main_process()
+        self.bar = tqdm(total=total, initial=module.global_step, desc=name, unit="step", disable=hidden)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: PixelModule, *rest: object) -> None:
+        """Count optimizer steps, not micro-batches."""
+        self.bar.update(module.global_step - self.bar.n)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: PixelModule) -> None:
+        """Show the newest history row; Lightning runs a callback's end of epoch before the module's, too early."""
+        if module.history:
+            row = module.history[-1]
+            self.bar.set_postfix_str(f"loss {row['train_loss']:.5f}, validation {row['val_psnr_y']:.2f} dB")
+
+    def on_train_end(self, trainer: pl.Trainer, module: PixelModule) -> None:
+        """Show the last row."""
+        self.on_train_epoch_start(trainer, module)
+
+    def teardown(self, trainer: pl.Trainer, module: PixelModule, stage: str) -> None:
+        """Close the bar also after an error."""
+        if hasattr(self, "bar"):
+            self.bar.close()
 
 
-def _differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    out = []
-    for key in sorted({*a, *b}):
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            out += _differences(x, y, f"{prefix}{key}.")
-        elif x != y and f"{prefix}{key}" not in ("resume", "trainer.progress"):
-            out.append(f"{prefix}{key}: {x} before, {y} now")
-    return out
-
-
-def _loggers(folder: Path) -> list:
-    loggers: list = [CSVLogger(folder, name="logs", version="")]
+def _tensorboard(folder: Path) -> object:
     try:
         from pytorch_lightning.loggers import TensorBoardLogger
 
-        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+        return TensorBoardLogger(folder, name="tensorboard", version="")
     except ModuleNotFoundError:
-        pass  # training works without TensorBoard; the CSV holds the same curves
-    return loggers
+        return False  # training works without TensorBoard; history.csv holds the same curves
 
 
 def _trainer(cfg: DictConfig, folder: Path | None, device: torch.device, precision: str) -> pl.Trainer:
     t = cfg.trainer
-    callbacks: list = [TQDMProgressBar(refresh_rate=10, leave=True)] if t.progress else []
+    callbacks: list = [StepBar()] if t.progress else []
     if folder:
         keep = {"dirpath": folder, "save_on_train_epoch_end": True, "enable_version_counter": False}
         best = ModelCheckpoint(filename="best", monitor="val_psnr_y", mode="max", save_top_k=1, **keep)
@@ -304,10 +284,10 @@ def _trainer(cfg: DictConfig, folder: Path | None, device: torch.device, precisi
         precision=LIGHTNING_PRECISION[precision],
         accumulate_grad_batches=t.accumulate_grad_batches,
         gradient_clip_val=t.gradient_clip_val,
-        logger=_loggers(folder) if folder else False,
+        logger=_tensorboard(folder) if folder else False,
         callbacks=callbacks,
         enable_checkpointing=bool(folder),
-        enable_progress_bar=t.progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         reload_dataloaders_every_n_epochs=1,
         log_every_n_steps=50,
@@ -317,41 +297,51 @@ def _trainer(cfg: DictConfig, folder: Path | None, device: torch.device, precisi
     )
 
 
+def _network(cfg: DictConfig) -> nn.Module:
+    """The network at the start of its training; seeded, warm where ``init_from`` names a donor."""
+    runtime.seed_everything(cfg.seed)
+    network = models.build(cfg.arch, **OmegaConf.to_container(cfg.model, resolve=True))
+    if cfg.init_from:
+        copied = checkpoints.copy_matching(network, cfg.init_from)
+        if cfg.trainer.progress:
+            tqdm.write(f"warm start: {len(copied)} of {len(network.state_dict())} tensors from {cfg.init_from}")
+    return network.to(memory_format=torch.channels_last)
+
+
 def fit(cfg: DictConfig, data: tuple | None = None, keep: bool = True) -> FitResult:
     """Train the network a configuration describes.
 
     ``data`` (from :func:`open_data`) may be passed to share photos between runs. With ``keep`` the run writes
     checkpoints and logs to ``runs/train/NAME`` and continues there after an interruption with the same result;
-    without it nothing is written. Raises TrainingError, DataError.
+    without it nothing is written. Raises TrainingError, DataError; KeyboardInterrupt says where it stopped.
     """
-    if cfg.trainer.max_steps % cfg.trainer.val_every:
-        raise TrainingError(
-            f"trainer.max_steps={cfg.trainer.max_steps} is not a multiple of trainer.val_every={cfg.trainer.val_every}"
-        )
+    check(cfg)
     device = runtime.pick_device(cfg.trainer.device)
     precision = runtime.pick_precision(device, cfg.trainer.precision)
     if device.type == "cpu":
         runtime.set_threads(cfg.trainer.threads)
-    folder, resume = _run_folder(cfg) if keep else (Path(), None)
-    pairs, validation, _ = data or open_data(cfg, cfg.trainer.progress)
-    runtime.seed_everything(cfg.seed)
-    network = models.build(cfg.arch, **OmegaConf.to_container(cfg.model, resolve=True))
-    if cfg.init_from:
-        checkpoints.copy_matching(network, cfg.init_from)
-    module = PixelModule(network.to(memory_format=torch.channels_last), cfg, validation)
+    folder, resume = run_folder(cfg) if keep else (Path(), None)
+    network = _network(cfg)
+    pairs, validation, report = data or open_data(cfg, cfg.trainer.progress)
+    module = PixelModule(network, cfg, validation, folder / "history.csv" if keep else None)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning.*")
+        warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric).*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer = _trainer(cfg, folder if keep else None, device, precision)
-        trainer.fit(module, datamodule=StepData(pairs, cfg), ckpt_path=resume, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=StepData(pairs, cfg), ckpt_path=resume, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C; a notebook's kernel must survive it
+            if not trainer.interrupted:
+                raise
     if trainer.interrupted:
-        raise KeyboardInterrupt(f"stopped at step {module.global_step}; the same command continues from last.ckpt")
+        again = "the same command continues from the last validation" if keep else "nothing was kept"
+        raise KeyboardInterrupt(f"stopped at step {module.global_step}; {again}")
     if keep:
         _load_best(module, folder)
-    scores = [r["val_psnr_y"] for r in module.history]
-    best = max(scores) if scores else float("nan")
-    return FitResult(module.final.cpu().eval().requires_grad_(True), module.history, best, module._seconds, folder)
+    best = max((r["val_psnr_y"] for r in module.history), default=float("nan"))
+    network = module.final.cpu().eval().requires_grad_(True)
+    return FitResult(network, module.history, best, module._seconds, folder, report)
 
 
 def _load_best(module: PixelModule, folder: Path) -> None:
@@ -366,27 +356,43 @@ def is_main_process() -> bool:
     return rank_zero_only.rank == 0
 
 
+def _refuse_to_replace(cfg: DictConfig) -> None:
+    """A network trained with other settings is replaced only on request."""
+    name = str(cfg.name)
+    if cfg.resume == "never" or name not in checkpoints.available():
+        return
+    before = checkpoints.card(name).get("config", {})
+    if changed := differences(before, OmegaConf.to_container(cfg, resolve=True)):
+        raise TrainingError(
+            f"data/checkpoints/{name} was trained with another configuration ({'; '.join(changed)}); "
+            "choose name=... for a new network, or resume=never to replace it"
+        )
+
+
 def train(cfg: DictConfig, command: str | None = None) -> FitResult:
-    """:func:`fit`, then export ``data/checkpoints/NAME`` with its card and history."""
-    data = open_data(cfg, cfg.trainer.progress)
-    result = fit(cfg, data)
+    """:func:`fit`, then export ``data/checkpoints/NAME`` with its card and history.
+
+    Raises TrainingError also where NAME exists with another configuration and ``resume`` is not ``never``.
+    """
+    _refuse_to_replace(cfg)
+    result = fit(cfg)
     if not is_main_process():
         return result
     scale = cfg.model.scale
     card = {
         "scale": scale,
         "metrics": {"val_psnr_y": round(result.best, 3), "data": cfg.data.val_root, "protocol": protocol(scale)},
-        "training": {"seconds": round(result.seconds), "machine": runtime.machine(), "data": data[2]},
+        "training": {"seconds": round(result.seconds), "machine": runtime.machine(), "data": result.data},
         "command": command or f"python -m nbhelpers train experiment={cfg.name}",
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
     arguments = OmegaConf.to_container(cfg.model, resolve=True)
-    checkpoints.save(cfg.name, result.model, cfg.arch, arguments, card, result.history)
+    checkpoints.save(str(cfg.name), result.model, cfg.arch, arguments, card, result.history)
     return result
 
 
 def train_or_load(name: str, retrain: bool = False, overrides: Sequence[str] = ()) -> nn.Module:
-    """The committed network ``name`` in eval mode; with ``retrain`` (or none committed) train it first."""
+    """The committed network ``name`` in eval mode; with ``retrain`` (or none committed) train it and replace it."""
     if retrain or name not in checkpoints.available():
-        train(compose(name, overrides))
+        train(compose(name, [*overrides, "resume=never"]))
     return checkpoints.load(name)

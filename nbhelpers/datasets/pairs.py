@@ -31,7 +31,7 @@ class DataError(ValueError):
 
 
 def resolve_root(root: str | Path) -> Path:
-    """A folder of photos from a name of ``NAMED`` or a path; relative paths start at the project's root.
+    """A folder of photos from a name of ``NAMED`` or a path, relative to the current folder or the project's root.
 
     Raises DataError when the folder does not exist (downloaded collections: see ``nbhelpers download``).
     """
@@ -48,10 +48,11 @@ def resolve_root(root: str | Path) -> Path:
         from .download import fetch
 
         return fetch(str(root))
-    path = Path(root) if Path(root).is_absolute() else runtime.ROOT / root
-    if not path.exists():
-        raise DataError(f"no folder {str(root)!r}; give an existing folder or one of {list(NAMED)}")
-    return path
+    here = Path(root).expanduser().absolute()
+    for path in (here, runtime.ROOT / root):
+        if path.exists():
+            return path
+    raise DataError(f"no folder '{here}'; give an existing folder or one of {list(NAMED)}")
 
 
 def split(paths: Sequence[Path], valid_fraction: float, seed: int = 0) -> tuple[list[Path], list[Path]]:
@@ -213,16 +214,24 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
 
-def _decoded_gb(paths: Sequence[Path]) -> float:
-    """Size of the decoded photos in GB, from the file headers alone."""
-    total = 0
+def _sizes(paths: Sequence[Path]) -> dict[Path, tuple[int, int]]:
+    """(width, height) of each picture, from the file headers alone; unreadable ones are left out."""
+    sizes = {}
     for path in paths:
         try:
             with Image.open(path) as image:
-                total += image.width * image.height * 3
+                sizes[path] = image.size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             continue  # it is reported where it is read
-    return total / 1e9
+    return sizes
+
+
+def _open_lazily(sizes: dict[Path, tuple[int, int]], scale: int, options: dict) -> TilePairs:
+    need = options.get("patch", 48) * scale
+    paths = [path for path, size in sizes.items() if min(size) >= need]
+    if not paths:
+        raise DataError(f"none of {len(sizes)} tiles has {need} pixels on both sides; choose a smaller data.patch")
+    return TilePairs(paths, scale, **options)
 
 
 def open_pairs(
@@ -238,24 +247,29 @@ def open_pairs(
     """Pairs from folders, names of ``NAMED`` or files, in memory if they fit ``memory_limit_gb``, else lazily.
 
     ``limit`` takes the first so many photos of the sorted (or shuffled) list. ``options`` go to the data set.
-    Returns it with a report: photos, skipped (messages), gigabytes, lazy. Raises DataError without any photo.
+    Returns it with a report: photos used, what was skipped, gigabytes, lazy. Raises DataError without any photo.
     """
     roots = [roots] if isinstance(roots, (str, Path)) else list(roots)
     folders = [resolve_root(r) for r in roots]
     paths = [p for p in find_images(folders, shuffle_seed=shuffle_seed) if p.name != SHEET][:limit]
     if not paths:
         raise DataError(f"no pictures below {[str(r) for r in roots]}")
-    size = _decoded_gb(paths)
-    report: dict[str, object] = {"photos": len(paths), "skipped": [], "gigabytes": round(size, 3), "lazy": False}
-    if size > memory_limit_gb:
-        report["lazy"] = True
-        return TilePairs(paths, scale, **options), report
+    sizes = _sizes(paths)
+    gigabytes = sum(w * h * 3 for w, h in sizes.values()) / 1e9
+    report: dict[str, object] = {"gigabytes": round(gigabytes, 3), "lazy": gigabytes > memory_limit_gb}
+    if report["lazy"]:
+        pairs = _open_lazily(sizes, scale, options)
+        return pairs, {"photos": len(pairs.paths), "skipped": len(paths) - len(pairs.paths), **report}
     photos, skipped = read_photos(paths, progress)
     if not photos:
         roots_text = [str(r) for r in roots]
         raise DataError(f"none of {len(paths)} pictures below {roots_text} is readable; first: {skipped[0]}")
-    report |= {"photos": len(photos), "skipped": skipped}
-    return PhotoPairs(photos, scale, progress=progress, **options), report
+    pairs = PhotoPairs(photos, scale, progress=progress, **options)
+    if pairs.skipped_small:
+        skipped.append(f"{pairs.skipped_small} photos smaller than {pairs.patch * scale} pixels")
+    if skipped and progress:
+        tqdm.write(f"left out of the training data: {'; '.join(skipped)}")
+    return pairs, {"photos": len(photos) - pairs.skipped_small, "skipped": skipped, **report}
 
 
 class _Steps(torch.utils.data.Sampler):

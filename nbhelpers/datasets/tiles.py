@@ -365,13 +365,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Cut as the arguments say, print the report; 0 is success, 1 an error or no tile, 130 Ctrl-C."""
+    """Cut as the arguments say, print the report; 0 is success, 1 no tile, 2 an error, 130 Ctrl-C."""
     options = {name: value for name, value in vars(args).items() if name in _OPTIONS}
     try:
         report = cut_tiles(args.src, args.dst, progress=not args.no_progress, **options)
     except (TileError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from .. import runtime
+from ..runtime import write_csv as write
 
 STUDIES = ("espcn", "set5")
 QUICK = ["trainer.max_steps=4", "trainer.val_every=4"]
@@ -56,14 +57,6 @@ def _number(text: str) -> object:
     return text
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as CSV, atomically."""
-    with runtime.atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def _fingerprint(cfg: object) -> str:
     """Short hash of everything that decides a run's result; runs made with other settings are done again."""
     settings = OmegaConf.to_container(cfg, resolve=True)
@@ -74,7 +67,8 @@ def _fingerprint(cfg: object) -> str:
 
 def run_study(study: Study, fresh: bool = False, quick: bool = False) -> Path:
     """Train what is missing and write the tables after every run; ``quick`` writes to ``runs/`` instead."""
-    from ..training import compose, fit
+    from ..experiments import compose
+    from ..training import fit
 
     folder = runtime.RUNS / "quick_results" if quick else runtime.RESULTS
     tables = {t: [] if fresh or quick else read(study.path(t, folder)) for t in study.tables}

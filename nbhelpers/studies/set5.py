@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import checkpoints, runtime
+from ..experiments import experiments
 from ..inference import evaluate
 from . import Row, read, write
 
@@ -16,7 +17,7 @@ def folders(scale: int) -> tuple[Path, Path]:
     """(HR, LR) folders of Set5. Raises FileNotFoundError where the optional pack is missing."""
     pack = runtime.shared()
     if pack is None:
-        raise FileNotFoundError("Set5 is not on this machine: it is expected in ../shared/data/bench/Set5")
+        raise FileNotFoundError("Set5 is not on this machine: ../shared (or NB_SHARED) with data/bench/Set5 is missing")
     base = pack / "data" / "bench" / "Set5"
     return base / "HR", base / "LR_bicubic" / f"X{scale}"
 
@@ -25,7 +26,8 @@ def run(fresh: bool = False, quick: bool = False) -> Path:
     """``python -m nbhelpers study set5``: one row per network and picture, their mean, and the README's table."""
     runtime.set_threads()
     jobs = [("bicubic", s) for s in (2, 3, 4)]
-    jobs += [(n, checkpoints.card(n)["scale"]) for n in checkpoints.available()]
+    # Networks a reader trained under names of their own stay out of the README.
+    jobs += [(n, checkpoints.card(n)["scale"]) for n in checkpoints.available() if n in experiments()]
     rows = []
     for name, scale in jobs[: 1 if quick else None]:
         result = evaluate(name, *folders(scale), scale)
@@ -36,6 +38,7 @@ def run(fresh: bool = False, quick: bool = False) -> Path:
     write(path, rows)
     if not quick:
         update_readme(read(path))
+        print("updated: the results table in README.md")
     return path
 
 

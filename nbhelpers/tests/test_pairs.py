@@ -189,7 +189,7 @@ def test_errors_say_what_to_do(tmp_path):
     (bad / "a.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"none of 1 pictures.*readable.*a\.png"):
         open_pairs(bad, 2, progress=False)
-    with pytest.raises(DataError, match=r"'nowhere'.*bundled"):
+    with pytest.raises(DataError, match=r"nowhere'.*bundled"):
         open_pairs("nowhere", 2)
 
 

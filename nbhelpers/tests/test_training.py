@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -168,4 +169,65 @@ def test_training_runs_without_widgets_plots_or_tracking(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "train" / "bare"
-    assert (folder / "logs" / "metrics.csv").is_file() and not (folder / "tensorboard").exists()
+    assert (folder / "history.csv").is_file() and not (folder / "tensorboard").exists()
+
+
+def test_ctrl_c_says_where_it_stopped_and_exits_130(tmp_path):
+    env = os.environ | {"NB_RUNS": str(tmp_path / "runs"), "NB_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    settings = [o for o in TINY if "max_steps" not in o] + ["trainer.max_steps=50000", "name=stopped"]
+    command = [sys.executable, "-m", "nbhelpers", "train", "experiment=espcn_x2", *settings]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    last = tmp_path / "runs" / "train" / "stopped" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.is_file() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130, message
+    assert "stopped at step" in message and "same command continues" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "quoted"),
+    [
+        ("optimizer.schedule=cosinus", "cosinus"),
+        ("resume=neverr", "neverr"),
+        ("data.batch=0", "data.batch=0"),
+        ("trainer.max_steps=7", "7 is not a multiple of trainer.val_every=5"),
+        ("name=a/b", "a/b"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_first(runs, override, quoted):
+    with pytest.raises(training.TrainingError, match=quoted):
+        training.fit(tiny("refused", override), data=())
+
+
+def test_a_network_is_not_replaced_by_another_configuration(runs):
+    training.train(tiny("mine"))
+    before = checkpoints.card("mine")["sha256"]
+    with pytest.raises(training.TrainingError, match=r"data.batch: 2 before, 3 now.*name="):
+        training.train(tiny("mine", "data.batch=3"))
+    assert checkpoints.card("mine")["sha256"] == before
+    training.train(tiny("mine", "data.batch=3", "resume=never"))
+    assert checkpoints.card("mine")["sha256"] != before
+
+
+def test_validation_photos_can_be_split_off(runs):
+    _, validation, report = training.open_data(tiny("split", "data.limit=null", "data.valid_fraction=0.1"), False)
+    assert report["photos"] == 36 and len(validation) == 1  # of 40 photos; val_limit=1
+
+
+def test_missing_validation_photos_stop_the_run(runs, tmp_path):
+    with pytest.raises(training.DataError, match="val_root"):
+        training.fit(tiny("blind", f"data.val_root={tmp_path}"))
+
+
+@pytest.mark.parametrize("name", checkpoints.available())
+def test_committed_networks_can_be_trained_again_by_their_configuration(name):
+    from omegaconf import OmegaConf
+
+    from nbhelpers.experiments import differences
+
+    now = OmegaConf.to_container(training.compose(name), resolve=True)
+    assert differences(checkpoints.card(name)["config"], now) == []
+    assert checkpoints.card(name)["command"] == f"python -m nbhelpers train experiment={name}"
