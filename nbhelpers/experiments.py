@@ -74,7 +74,7 @@ def run_folder(cfg: DictConfig) -> tuple[Path, Path | None]:
     """The run's folder and the checkpoint to resume from; refuses a folder made with another configuration."""
     folder = runtime.RUNS / "train" / str(cfg.name)
     last, config = folder / "last.ckpt", folder / "config.yaml"
-    if cfg.resume == "never" or not last.is_file():
+    if cfg.resume == "never" or not (last.is_file() and config.is_file()):
         for old in folder.glob("*.ckpt"):
             old.unlink()
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,11 +17,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def use_jpeg(quality: int = 88) -> None:
+def use_jpeg(quality: int = 80, dpi: int = 72) -> None:
     """Store this notebook's figures as JPEG: photos as PNG would make it several megabytes large."""
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-    set_matplotlib_formats("jpeg", pil_kwargs={"quality": quality, "subsampling": 0})
+    plt.rcParams["figure.dpi"] = dpi
+    set_matplotlib_formats("jpeg", pil_kwargs={"quality": quality})
 
 
 def _figure(**options: object) -> tuple[Figure, object]:
