@@ -22,7 +22,7 @@ def use_jpeg(quality: int = 80, dpi: int = 72) -> None:
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     plt.rcParams["figure.dpi"] = dpi
-    set_matplotlib_formats("jpeg", pil_kwargs={"quality": quality})
+    set_matplotlib_formats("jpeg", pil_kwargs={"quality": quality, "optimize": True})
 
 
 def _figure(**options: object) -> tuple[Figure, object]:
