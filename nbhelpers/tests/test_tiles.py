@@ -295,7 +295,7 @@ def test_command_line(photos, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "15 tiles in" in out and "1 too small" in out and "16×16" not in out and "halved first" in out
     args.seed = 5
-    assert tiles.run(args) == 1
+    assert tiles.run(args) == 2
     assert "error: " in (err := capsys.readouterr().err) and "seed was 0, now 5" in err and "Traceback" not in err
     with pytest.raises(SystemExit):
         parser.parse_args(["a", "b", "--levels", "1,two"])
