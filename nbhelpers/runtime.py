@@ -29,7 +29,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 def shared() -> Path | None:
     """Folder with the optional large packs (``../shared`` or ``NB_SHARED``), or None where it does not exist."""
-    folder = Path(os.environ.get("NB_SHARED", ROOT.parent / "shared"))
+    folder = Path(os.environ.get("NB_SHARED") or ROOT.parent / "shared")
     return folder if (folder / "data").is_dir() else None
 
 
