@@ -1,4 +1,4 @@
-"""Every committed network and bicubic on the benchmark Set5: the one table that reports, never tunes."""
+"""Every committed network and bicubic on the benchmark Set5: a table to report, not to tune on."""
 
 from __future__ import annotations
 
