@@ -147,16 +147,14 @@ def mean(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
     return out
 
 
-def download_lpips(target: Path | None = None) -> str:
-    """Fetch SqueezeNet 1.1's ImageNet weights (5 MB, hash-checked by torch) into the torch cache; returns the path.
+def download_lpips(target: Path | None = None) -> Path:
+    """Fetch SqueezeNet 1.1's ImageNet weights (5 MB, hash-checked) into the torch cache; returns the path.
 
-    Raises OSError with the URL and the target folder where the machine has no internet or the hash is wrong.
+    Raises DownloadError with URL, folder and hash where the machine has no internet or the hash is wrong.
     """
     from torchvision.models import SqueezeNet1_1_Weights
 
-    url, folder = SqueezeNet1_1_Weights.IMAGENET1K_V1.url, target or runtime.torch_home() / "hub" / "checkpoints"
-    try:
-        torch.hub.load_state_dict_from_url(url, model_dir=str(folder), check_hash=True, map_location="cpu")
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"could not download {url} ({error}); fetch it by hand and put it into {folder}") from error
-    return str(folder / LPIPS_FILE)
+    from .datasets.download import fetch_weights
+
+    folder = target or runtime.torch_home() / "hub" / "checkpoints"
+    return fetch_weights(SqueezeNet1_1_Weights.IMAGENET1K_V1.url, folder)

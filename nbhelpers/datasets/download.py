@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -113,7 +114,7 @@ def fetch(name: str, target: Path | str | None = None, progress: bool = True, ba
     url = (base_url or source.base_url).rstrip("/") + "/"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [_fetch_file(file, url, folder, progress) for file in source.files]
+        paths = [fetch_file(file, url, folder, progress) for file in source.files]
         _unpack(paths[0], folder, photos, source, progress)
     except OSError as error:
         raise DownloadError(f"could not write the collection {name!r} to {folder}: {error}") from error
@@ -137,7 +138,7 @@ def _count(folder: Path) -> int:
 # --- download ---------------------------------------------------------------------------------------------
 
 
-def _fetch_file(file: RemoteFile, base_url: str, folder: Path, progress: bool) -> Path:
+def fetch_file(file: RemoteFile, base_url: str, folder: Path, progress: bool) -> Path:
     """Return the path of `file` in `folder`, hash checked; download it when it is missing or wrong."""
     import pooch
 
@@ -156,6 +157,35 @@ def _fetch_file(file: RemoteFile, base_url: str, folder: Path, progress: bool) -
             pooch.retrieve(url, file.hash, fname=file.name, path=folder, downloader=downloader)
     except Exception as error:
         raise DownloadError(_explain(error, url, file, folder) + was_wrong) from error
+    return path
+
+
+def fetch_weights(url: str, folder: Path, progress: bool = True) -> Path:
+    """Fetch a weight file whose name ends in the first digits of its SHA-256, as torchvision's do; returns its path.
+
+    Does nothing where the whole file is there; a cut or damaged one is replaced once the new one has the right hash.
+    Raises DownloadError as :func:`fetch` does, ValueError for a name without a hash.
+    """
+    import pooch
+
+    found = re.search(r"-([0-9a-f]{8})\.pth$", url)
+    if not found:
+        raise ValueError(f"{url} does not end in a hash, such as -397923af.pth")
+    path, wanted = folder / Path(url).name, found[1]
+
+    def digits(file: Path) -> str:
+        return pooch.file_hash(str(file), alg="sha256")[: len(wanted)]
+
+    if path.is_file() and digits(path) == wanted:
+        return path
+    try:
+        with runtime.atomic_path(path) as part:
+            with _bar(path.name, progress) as bar:
+                pooch.HTTPDownloader(progressbar=bar, chunk_size=CHUNK, timeout=TIMEOUT)(url, str(part), None)
+            if (got := digits(part)) != wanted:
+                raise ValueError(f"its hash is sha256:{got}…")
+    except Exception as error:
+        raise DownloadError(_explain(error, url, RemoteFile(path.name, f"sha256:{wanted}…"), folder)) from error
     return path
 
 
