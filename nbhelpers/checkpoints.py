@@ -16,6 +16,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from . import models, runtime
+from .models.external import SUFFIXES, load_external
 
 
 class CheckpointError(ValueError):
@@ -26,14 +27,22 @@ def _folder(folder: Path | None) -> Path:
     return Path(folder) if folder else runtime.CHECKPOINTS
 
 
-def available(folder: Path | None = None) -> list[str]:
-    """Names of all networks that have weights and a card, sorted."""
-    return sorted(p.stem for p in _folder(folder).glob("*.safetensors") if p.with_suffix(".json").is_file())
+def available(folder: Path | None = None, kind: str | None = "upscaler") -> list[str]:
+    """Names of all networks of a kind (``upscaler``, ``discriminator``; None: any) with weights and a card, sorted."""
+    names = sorted(p.stem for p in _folder(folder).glob("*.safetensors") if p.with_suffix(".json").is_file())
+    return names if kind is None else [n for n in names if _kind(n, folder) == kind]
+
+
+def _kind(name: str, folder: Path | None) -> str:
+    try:
+        return card(name, folder).get("kind", "upscaler")
+    except CheckpointError:
+        return "upscaler"  # a damaged card stays in the list, so that loading it says what is wrong
 
 
 def _paths(name: str | Path, folder: Path | None) -> tuple[Path, Path]:
     given = Path(name)
-    weights = given if given.suffix == ".safetensors" else _folder(folder) / f"{name}.safetensors"
+    weights = given if given.suffix in SUFFIXES else _folder(folder) / f"{name}.safetensors"
     if not weights.is_file():
         raise CheckpointError(f"no network {str(name)!r}; there are {available(folder)}")
     return weights, weights.with_suffix(".json")
@@ -106,15 +115,23 @@ def load(
 ) -> nn.Module:
     """Build the network its card describes and fill in the weights; in eval mode, without gradients.
 
-    ``name`` is one of :func:`available` or a path to a ``.safetensors`` file with its card beside it.
+    ``name`` is one of :func:`available`, a path to a ``.safetensors`` file with its card beside it, or a weight file
+    of a published network (ESRGAN, SwinIR …; see :mod:`nbhelpers.models.external`).
     Raises CheckpointError for a missing or damaged file, a wrong SHA-256 (``check``) or other architecture.
     """
-    weights, _ = _paths(name, folder)
+    weights, card_file = _paths(name, folder)
+    if weights.suffix != ".safetensors" or (Path(name).suffix and not card_file.is_file()):
+        try:
+            return load_external(weights).to(device)
+        except ValueError as error:
+            hint = "" if card_file.is_file() else f"; our own networks have a card, {card_file.name}, beside them"
+            raise CheckpointError(f"{error}{hint}") from error
     info = card(name, folder)
     if check and info.get("sha256") and sha256(weights) != info["sha256"]:
         raise CheckpointError(f"{weights.name} does not match the SHA-256 in its card: damaged or changed")
     try:
-        model = models.build(info["arch"], **info["arguments"])
+        registry = models.DISCRIMINATORS if info.get("kind") == "discriminator" else models.REGISTRY
+        model = models.build(info["arch"], registry, **info["arguments"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the card of {weights.stem} cannot be built: {error}") from error
     load_weights(model, weights)

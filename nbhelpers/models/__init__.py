@@ -7,22 +7,35 @@ An upscaler takes "b 3 h w" in [0, 1] and returns the enlarged picture unclamped
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from .espcn import ESPCN
+from .discriminators import DilatedDiscriminator
+from .espcn import ESPCN, StagedESPCN
+from .external import rrdbnet
+from .rrdb import DilatedRRDBNet
 
-REGISTRY: dict[str, type[nn.Module]] = {"ESPCN": ESPCN}
+REGISTRY: dict[str, Callable[..., nn.Module]] = {
+    "DilatedRRDBNet": DilatedRRDBNet,
+    "ESPCN": ESPCN,
+    "RRDBNet": rrdbnet,
+    "StagedESPCN": StagedESPCN,
+}
+DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {"DilatedDiscriminator": DilatedDiscriminator}
 
 
-def build(arch: str, **kwargs: object) -> nn.Module:
-    """Make an untrained network. Raises ValueError for an unknown name or argument, listing what exists."""
-    if arch not in REGISTRY:
-        raise ValueError(f"architecture {arch!r} is unknown; choose one of {sorted(REGISTRY)}")
-    allowed = list(inspect.signature(REGISTRY[arch]).parameters)
+def build(arch: str, registry: Mapping[str, Callable[..., nn.Module]] = REGISTRY, /, **kwargs: object) -> nn.Module:
+    """Make an untrained upscaler (or a network of another registry, as DISCRIMINATORS).
+
+    Raises ValueError for an unknown name or argument, listing what exists.
+    """
+    if arch not in registry:
+        raise ValueError(f"architecture {arch!r} is unknown; choose one of {sorted(registry)}")
+    allowed = list(inspect.signature(registry[arch]).parameters)
     if unknown := sorted(set(kwargs) - set(allowed)):
         raise ValueError(f"{arch} has no argument {unknown}; it takes {allowed}")
-    return REGISTRY[arch](**kwargs)
+    return registry[arch](**kwargs)
 
 
 def count_parameters(model: nn.Module) -> int:

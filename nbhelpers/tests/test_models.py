@@ -56,6 +56,12 @@ def test_wrong_arguments_are_quoted(arguments, quoted):
         models.build("ESPCN", **arguments)
 
 
+def test_batch_norm_is_an_option_that_adds_two_layers():
+    kinds = [type(m).__name__ for m in models.build("ESPCN", channels=8, batch_norm=True).features]
+    assert kinds == ["Conv2d", "BatchNorm2d", "LeakyReLU"] * 2
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in models.build("ESPCN", channels=8).modules())
+
+
 def test_unknown_architecture_lists_the_known():
     with pytest.raises(ValueError, match=r"'EDSR' is unknown.*ESPCN"):
         models.build("EDSR")
