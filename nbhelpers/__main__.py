@@ -38,8 +38,10 @@ def _train(args: argparse.Namespace) -> int:
     result = training.train(cfg, command)
     if not training.is_main_process():
         return 0
-    print(f"{cfg.name}: best validation PSNR-Y {result.best:.2f} dB after {result.seconds:.0f} s of training")
-    print(f"written: {runtime.CHECKPOINTS / cfg.name}.safetensors, .json, .csv")
+    kept = f"{cfg.keep} validation PSNR-Y {result.kept['val_psnr_y']:.2f} dB"
+    print(f"{cfg.name}: {kept} after {result.seconds:.0f} s of training")
+    beside = "" if result.discriminator is None else f" and {cfg.name}_discriminator"
+    print(f"written: {runtime.CHECKPOINTS / cfg.name}.safetensors, .json, .csv{beside}")
     return 0
 
 
@@ -126,6 +128,10 @@ def _download(args: argparse.Namespace) -> int:
         from .metrics import download_lpips
 
         print(download_lpips(args.target))
+    elif args.name == "vgg16":
+        from .features import download_vgg16
+
+        print(download_vgg16(target=args.target))
     else:
         from .datasets.download import fetch
 
@@ -137,6 +143,9 @@ def _tiles(args: argparse.Namespace) -> int:
     from .datasets import tiles
 
     return tiles.run(args)
+
+
+MODEL = "name from `list`, a weight file (.safetensors; .pth of ESRGAN, SwinIR …), or bicubic"
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -152,7 +161,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p = commands.add_parser("upscale", help="enlarge pictures and folders of pictures")
     p.add_argument("inputs", nargs="+", metavar="IN", help="files or folders (folders recursively)")
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="folder, or a file for a single input file")
-    p.add_argument("--model", default="espcn_x4", help="name from `list`, a .safetensors file, or bicubic")
+    p.add_argument("--model", default="espcn_x4", help=MODEL)
     p.add_argument("--scale", type=int, help="needed for bicubic; otherwise checked against the network")
     p.add_argument("--format", default=".png", choices=[".png", ".jpg", ".webp", "same"], help="default: %(default)s")
     p.add_argument("--skip-existing", action="store_true", help="continue an interrupted folder run")
@@ -160,7 +169,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.set_defaults(run=_upscale)
 
     p = commands.add_parser("evaluate", help="PSNR-Y, SSIM-Y, PSNR-RGB, LPIPS over a folder of originals")
-    p.add_argument("--model", required=True, help="name from `list`, a .safetensors file, or bicubic")
+    p.add_argument("--model", required=True, help=MODEL)
     p.add_argument("--hr", required=True, help="folder of originals")
     p.add_argument("--lr", help="folder of matching small pictures (default: made by MATLAB-style bicubic)")
     p.add_argument("--scale", type=int, help="needed for bicubic; otherwise checked against the network")
@@ -179,7 +188,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.set_defaults(run=_train)
 
     p = commands.add_parser("study", help="run a notebook's controlled comparison; results go to data/results")
-    p.add_argument("name", help="espcn (notebook 01) or set5 (the table in README)")
+    p.add_argument("name", help="set5 (the table in README), or espcn, pooling, rrdb (the notebooks' tables)")
     p.add_argument("--fresh", action="store_true", help="drop finished runs and start again (default: resume)")
     p.add_argument("--quick", action="store_true", help="a few steps per run, written to runs/, to see that it works")
     p.set_defaults(run=_study)
@@ -191,8 +200,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.set_defaults(run=_benchmark)
 
     p = commands.add_parser("download", help="fetch a data set or weights, hash-checked")
-    p.add_argument("name", choices=["div2k_train", "div2k_valid", "flowers102", "lpips"])
-    p.add_argument("--target", type=Path, help="folder (default: runs/downloads/NAME; lpips: the torch cache)")
+    p.add_argument("name", choices=["div2k_train", "div2k_valid", "flowers102", "lpips", "vgg16"])
+    p.add_argument("--target", type=Path, help="folder (default: runs/downloads/NAME; lpips, vgg16: the torch cache)")
     p.set_defaults(run=_download)
 
     p = commands.add_parser("tiles", help="cut folders of photos into lossless training tiles")

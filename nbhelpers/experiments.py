@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from . import runtime
+from .losses import ADVERSARIAL_LOSSES
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-CHOICES = {"resume": ("auto", "never"), "optimizer.schedule": ("cosine", "constant")}
-AT_LEAST_ONE = ("data.batch", "data.patch", "trainer.max_steps", "trainer.val_every", "trainer.accumulate_grad_batches")
+SCHEDULES = ("cosine", "constant")
+# The section `adversarial` is absent from pixel training; its keys are checked where it is there.
+CHOICES = {
+    "resume": ("auto", "never"),
+    "keep": ("best", "last"),
+    "optimizer.schedule": SCHEDULES,
+    "adversarial.optimizer.schedule": SCHEDULES,
+    "adversarial.loss": ADVERSARIAL_LOSSES,
+}
+AT_LEAST = {
+    "data.batch": 1,
+    "data.patch": 1,
+    "trainer.max_steps": 1,
+    "trainer.val_every": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.sample_every": 0,
+    "adversarial.d_steps": 1,
+    "adversarial.start_step": 0,
+}
 
 
 class TrainingError(RuntimeError):
@@ -26,6 +44,8 @@ def experiments() -> list[str]:
 def compose(experiment: str | None = None, overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration the command line would use: ``configs/train.yaml`` + experiment + overrides.
 
+    An override ``experiment=NAME`` takes the place of ``experiment``.
+
     Raises TrainingError for an unknown experiment or key, listing the experiments there are.
     """
     from hydra import compose as hydra_compose
@@ -33,7 +53,8 @@ def compose(experiment: str | None = None, overrides: Sequence[str] = ()) -> Dic
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    first = [f"experiment={experiment}"] if experiment else []
+    named = any(o.startswith("experiment=") for o in overrides)
+    first = [f"experiment={experiment}"] if experiment and not named else []
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra_compose("train", [*first, *overrides])
@@ -45,17 +66,38 @@ def compose(experiment: str | None = None, overrides: Sequence[str] = ()) -> Dic
 
 def check(cfg: DictConfig) -> None:
     """Raise TrainingError, quoting key and value, for settings that could only fail later."""
-    for key, allowed in CHOICES.items():
-        if (value := OmegaConf.select(cfg, key)) not in allowed:
+    adversarial = OmegaConf.select(cfg, "adversarial") is not None
+
+    def values(rules: dict) -> Iterator[tuple[str, object, object]]:
+        for key, rule in rules.items():
+            if adversarial or not key.startswith("adversarial."):
+                yield key, rule, OmegaConf.select(cfg, key)
+
+    for key, allowed, value in values(CHOICES):
+        if value not in allowed:
             raise TrainingError(f"{key}={value} is unknown; choose one of {list(allowed)}")
-    for key in AT_LEAST_ONE:
-        if not isinstance(value := OmegaConf.select(cfg, key), int) or value < 1:
-            raise TrainingError(f"{key}={value} must be a whole number of at least 1")
+    for key, least, value in values(AT_LEAST):
+        if not isinstance(value, int) or value < least:
+            raise TrainingError(f"{key}={value} must be a whole number of at least {least}")
     t = cfg.trainer
-    if t.max_steps % t.val_every:
-        raise TrainingError(f"trainer.max_steps={t.max_steps} is not a multiple of trainer.val_every={t.val_every}")
+    for key in ("max_steps", "sample_every"):
+        if t[key] % t.val_every:
+            raise TrainingError(f"trainer.{key}={t[key]} is not a multiple of trainer.val_every={t.val_every}")
+    if adversarial:
+        _check_adversarial(cfg)
     if not str(cfg.name) or set(str(cfg.name)) & set('/\\:*?"<>|'):
         raise TrainingError(f"name={cfg.name} cannot be a file name; use letters, digits, '_' and '-'")
+
+
+def _check_adversarial(cfg: DictConfig) -> None:
+    weight, accumulate = cfg.adversarial.weight, cfg.trainer.accumulate_grad_batches
+    if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        raise TrainingError(f"adversarial.weight={weight} must be a number of at least 0 (0: no adversarial term)")
+    if accumulate != 1:
+        raise TrainingError(
+            f"trainer.accumulate_grad_batches={accumulate} does not go with the section adversarial, whose two "
+            "networks take turns on each batch; use trainer.accumulate_grad_batches=1 and a larger data.batch"
+        )
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[str]:

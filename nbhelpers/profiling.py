@@ -6,7 +6,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,17 +15,26 @@ from tqdm.auto import tqdm
 from . import checkpoints, models, runtime
 
 
-def median_ms(run: Callable[[], object], repeats: int, warmup: int = 3) -> float:
-    """Median time of one call in milliseconds, after ``warmup`` untimed calls; waits for the GPU."""
-    times = []
+def medians_ms(runs: Sequence[Callable[[], object]], repeats: int, warmup: int = 3) -> list[float]:
+    """Median time of one call of each in milliseconds, called in turns, after ``warmup`` untimed rounds.
+
+    Waits for the GPU.
+    """
+    times: list[list[float]] = [[] for _ in runs]
     for i in range(warmup + repeats):
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if i >= warmup:
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+        for run, found in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i >= warmup:
+                found.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(found) for found in times]
+
+
+def median_ms(run: Callable[[], object], repeats: int, warmup: int = 3) -> float:
+    """:func:`medians_ms` of one thing alone."""
+    return medians_ms([run], repeats, warmup)[0]
 
 
 def flops(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
@@ -65,6 +74,54 @@ def training_step_times(steps: int = 12, batch: int = 32, patch: int = 32, scale
     return rows
 
 
+def adversarial_step_times(steps: int = 12, batch: int = 4, overrides: Sequence[str] = ()) -> list[dict]:
+    """Median time of one step of ``espcn_gan_x4``: generator, then discriminator; rows with ``speedup``.
+
+    Plain fp32, then the fast precision of this machine with channels_last, in turns so that both see the same load.
+    The module's own objectives with pixel and adversarial loss; the feature loss is left out, since its weights may
+    not be here. ``overrides`` change the experiment.
+    """
+    from .adversarial import AdversarialModule, build_discriminator
+    from .experiments import compose
+
+    device = runtime.pick_device()
+    cfg = compose("espcn_gan_x4", ["~loss.vgg", f"data.batch={batch}", *overrides])
+    runs = {}
+    for precision, last in dict.fromkeys([("fp32", False), (runtime.pick_precision(device), True)]):
+        runtime.seed_everything(0)
+        model = models.build(cfg.arch, **cfg.model)
+        module = AdversarialModule(model, build_discriminator(cfg), cfg)
+        module.layout = torch.channels_last if last else torch.contiguous_format
+        runs[precision, last] = _adversarial_step(module.to(device, memory_format=module.layout), precision)
+    times = medians_ms(list(runs.values()), steps)
+    rows = [
+        {"precision": precision, "channels_last": last, "ms": round(ms, 1), "speedup": round(times[0] / ms, 2)}
+        for (precision, last), ms in zip(runs, times, strict=True)
+    ]
+    return rows
+
+
+def _adversarial_step(module: torch.nn.Module, precision: str) -> Callable[[], None]:
+    cfg, device = module.cfg, module.device
+    (g, d), _ = module.configure_optimizers()
+    size = cfg.data.patch, cfg.data.patch * cfg.model.scale
+    lr, hr = (torch.rand(cfg.data.batch, 3, n, n, device=device).contiguous(memory_format=module.layout) for n in size)
+
+    def step() -> None:
+        with runtime.autocast(device, precision):
+            sr, loss = module.generator_objective(lr, hr)
+        g.zero_grad()
+        loss.backward()
+        g.step()
+        with runtime.autocast(device, precision):
+            loss = module.discriminator_objective(sr.detach(), hr)
+        d.zero_grad()
+        loss.backward()
+        d.step()
+
+    return step
+
+
 @torch.inference_mode()
 def inference_times(model: torch.nn.Module, repeats: int = 12, side: int = 128) -> list[dict]:
     """Median time of an upscaler on one (3, side, side) picture per precision, and per output megapixel."""
@@ -87,16 +144,23 @@ def main(args: argparse.Namespace) -> int:
     model = checkpoints.load(args.model)
     runtime.set_threads()
     result = {"machine": runtime.machine(), "training_step": training_step_times(args.steps)}
+    result["adversarial_step"] = adversarial_step_times(args.steps)
     rows = inference_times(model, args.steps)
     result["inference"] = {"model": args.model, "input": "128x128", "rows": rows}
     if args.json:
         print(json.dumps(result))
         return 0
     print(result["machine"])
-    print("\nESPCN-128 x4 training step, batch 32 of 32x32 (median)")
-    for row in result["training_step"]:
-        layout = "channels_last" if row["channels_last"] else "plain layout"
-        print(f"  {row['precision']:<5}{layout:<15}{row['ms']:>8.1f} ms{row['speedup']:>8.2f}x")
+    titles = {
+        "training_step": "ESPCN-128 x4 training step, batch 32 of 32x32 (median)",
+        "adversarial_step": "adversarial step, ESPCN-128 x4 and its discriminator, batch 4 of 32x32 (median)",
+    }
+    for key, title in titles.items():
+        print(f"\n{title}")
+        for row in result[key]:
+            layout = "channels_last" if row["channels_last"] else "plain layout"
+            print(f"  {row['precision']:<5}{layout:<15}{row['ms']:>8.1f} ms{row['speedup']:>8.2f}x")
+    print()
     for row in result["inference"]["rows"]:
         print(
             f"  {args.model} on 128x128, {row['precision']}: {row['ms']:.1f} ms, "

@@ -1,177 +1,28 @@
-"""Training with pytorch-lightning: one module, one ``fit`` for every experiment, exact resume, the exported card."""
+"""Training with pytorch-lightning: one ``fit`` for every experiment, exact resume, the exported networks and cards."""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from . import checkpoints, models, runtime
-from .datasets.pairs import DataError, loader, open_pairs, read_photos, resolve_root, split
+from .adversarial import AdversarialModule, build_discriminator
+from .datasets.pairs import DataError, open_pairs, read_photos, resolve_root, split
 from .degrade import crop_to_multiple, downscale
 from .experiments import TrainingError, check, compose, differences, run_folder
 from .images import find_images
-from .losses import WeightedLoss
-from .metrics import protocol, psnr_y
-
-LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-class PixelModule(pl.LightningModule):
-    """Trains an upscaler on a pixel loss; keeps an exponential average of its weights, which is what is validated.
-
-    Batches are (lr, hr) uint8 "b 3 h w". ``validation`` is a list of (lr, hr) float pictures "3 h w" in [0, 1].
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        cfg: DictConfig,
-        validation: Sequence[tuple[Tensor, Tensor]],
-        history_file: Path | None = None,
-    ):
-        super().__init__()
-        self.model, self.cfg, self.validation, self.history_file = model, cfg, list(validation), history_file
-        self.loss = WeightedLoss(cfg.loss)
-        decay = cfg.optimizer.ema_decay
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
-        if self.average is not None:
-            self.average.requires_grad_(False)  # DDP waits for a gradient of every parameter that could have one
-        self.history: list[dict[str, float]] = []
-        self._sum, self._count, self._seconds, self._started = 0.0, 0, 0.0, time.perf_counter()
-
-    @property
-    def final(self) -> nn.Module:
-        """The weights to keep: the average where there is one."""
-        return self.average.module if self.average is not None else self.model
-
-    def configure_optimizers(self):
-        o = self.cfg.optimizer
-        last = list(self.model.to_subpixels.parameters()) if o.last_layer_factor != 1 else []
-        ids = {id(p) for p in last}
-        groups = [{"params": [p for p in self.model.parameters() if id(p) not in ids], "lr": o.lr}]
-        if last:
-            groups.append({"params": last, "lr": o.lr * o.last_layer_factor})
-        adam = torch.optim.Adam(groups, betas=tuple(o.betas), weight_decay=o.weight_decay)
-        total, warmup = self.cfg.trainer.max_steps, o.warmup_steps
-
-        def factor(step: int) -> float:
-            rise = min(1.0, (step + 1) / (warmup + 1))
-            if o.schedule == "constant":
-                return rise
-            done = min(1.0, step / total)
-            return rise * (o.final_factor + (1 - o.final_factor) * 0.5 * (1 + math.cos(math.pi * done)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, factor)
-        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        # Reseeding per step keeps anything random inside a network the same after a resume.
-        torch.manual_seed(self.cfg.seed * 1_000_003 + self.trainer.current_epoch * 100_003 + batch_idx)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        lr, hr = (x.float().div_(255) for x in batch)
-        sr = self.model(lr.contiguous(memory_format=torch.channels_last))
-        total, _ = self.loss(sr.float(), hr)
-        value = float(total.detach())
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss became {value} at step {self.global_step} (learning rate {self.cfg.optimizer.lr}); "
-                "the last good state is kept in last.ckpt: lower optimizer.lr or set trainer.gradient_clip_val, "
-                "then start with resume=never"
-            )
-        self._sum, self._count = self._sum + value, self._count + 1
-        return total
-
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        if self.average is not None and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self.average.update_parameters(self.model)
-
-    def on_train_epoch_end(self) -> None:
-        # One "epoch" is trainer.val_every steps: validate, note the history row, then Lightning writes its checkpoint.
-        score = self.validate()
-        self._seconds += time.perf_counter() - self._started
-        self._started = time.perf_counter()
-        row = {
-            "step": self.global_step,
-            "train_loss": self._sum / max(1, self._count),
-            "val_psnr_y": score,
-            "lr": self.optimizers().param_groups[0]["lr"],
-            "seconds": round(self._seconds, 1),
-        }
-        self._sum, self._count = 0.0, 0
-        self.history.append(row)
-        if self.history_file and is_main_process():
-            runtime.write_csv(self.history_file, self.history)  # whole, so a resumed run continues the same file
-        self.log("val_psnr_y", score, prog_bar=True, rank_zero_only=True)
-        self.log("train_loss", row["train_loss"], rank_zero_only=True)
-
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Mean PSNR-Y in dB over the validation pictures, in fp32."""
-        if not self.validation:
-            return float("nan")
-        net = self.final.eval()
-        with torch.autocast(self.device.type, enabled=False):
-            scores = []
-            for lr, hr in self.validation:
-                x = lr[None].to(self.device).contiguous(memory_format=torch.channels_last)
-                scores.append(psnr_y(net(x)[0].cpu(), hr, net.scale))
-        self.model.train()
-        return sum(scores) / len(scores)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["nb_history"] = {"rows": self.history, "seconds": self._seconds}
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.history = list(checkpoint["nb_history"]["rows"])
-        self._seconds = checkpoint["nb_history"]["seconds"]
-
-    def on_fit_start(self) -> None:
-        self._started = time.perf_counter()
-
-
-class StepData(pl.LightningDataModule):
-    """Serves ``val_every`` optimizer steps per epoch; epoch e begins at step e·val_every, also after a resume."""
-
-    def __init__(self, pairs: torch.utils.data.Dataset, cfg: DictConfig):
-        super().__init__()
-        self.pairs, self.cfg = pairs, cfg
-
-    def train_dataloader(self):
-        t, d = self.cfg.trainer, self.cfg.data
-        per_epoch = t.val_every * t.accumulate_grad_batches
-        start = self.trainer.current_epoch * per_epoch
-        # Each process of a distributed run reads its own share of the batches.
-        world, rank = self.trainer.world_size, self.trainer.global_rank
-        pairs = self.pairs if world == 1 else _EveryNth(self.pairs, world, rank)
-        workers = d.num_workers if getattr(self.pairs, "paths", None) is not None else 0
-        cuda = self.trainer.strategy.root_device.type == "cuda"
-        return loader(pairs, start, start + per_epoch, workers, pin_memory=cuda)
-
-
-class _EveryNth(torch.utils.data.Dataset):
-    def __init__(self, pairs: torch.utils.data.Dataset, n: int, k: int):
-        self.pairs, self.n, self.k = pairs, n, k
-
-    def __getitem__(self, step: int):
-        return self.pairs[step * self.n + self.k]
-
-    def __len__(self) -> int:
-        return len(self.pairs) // self.n
+from .loop import StepData, is_main_process, trainer_for
+from .metrics import protocol
+from .pixel import PixelModule
 
 
 def validation_pictures(cfg: DictConfig, paths: Sequence[Path]) -> list[tuple[Tensor, Tensor]]:
@@ -209,7 +60,12 @@ def open_data(cfg: DictConfig, progress: bool = True):
 
 @dataclass
 class FitResult:
-    """What :func:`fit` returns: the network (averaged weights, eval), history rows, best PSNR-Y, report on the data."""
+    """What :func:`fit` returns.
+
+    model: the network kept (averaged weights, eval mode, on the CPU); ``kept`` is its row of ``history``.
+    best: the highest PSNR-Y in dB of all validations. data: report on the training data. discriminator: None where
+    none was trained.
+    """
 
     model: nn.Module
     history: list[dict[str, float]]
@@ -217,84 +73,8 @@ class FitResult:
     seconds: float
     folder: Path
     data: dict[str, object]
-
-
-class StepBar(Callback):
-    """One progress bar for the whole run, in optimizer steps, with the last loss and validation score."""
-
-    def on_train_start(self, trainer: pl.Trainer, module: PixelModule) -> None:
-        """Begin where a resumed run stands."""
-        total, name = module.cfg.trainer.max_steps, str(module.cfg.name)
-        hidden = not is_main_process()
-        self.bar = tqdm(total=total, initial=module.global_step, desc=name, unit="step", disable=hidden)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: PixelModule, *rest: object) -> None:
-        """Count optimizer steps, not micro-batches."""
-        self.bar.update(module.global_step - self.bar.n)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: PixelModule) -> None:
-        """Show the newest history row; Lightning runs a callback's end of epoch before the module's, too early."""
-        if module.history:
-            row = module.history[-1]
-            self.bar.set_postfix_str(f"loss {row['train_loss']:.5f}, validation {row['val_psnr_y']:.2f} dB")
-
-    def on_train_end(self, trainer: pl.Trainer, module: PixelModule) -> None:
-        """Show the last row."""
-        self.on_train_epoch_start(trainer, module)
-
-    def teardown(self, trainer: pl.Trainer, module: PixelModule, stage: str) -> None:
-        """Close the bar also after an error."""
-        if hasattr(self, "bar"):
-            self.bar.close()
-
-
-def _tensorboard(folder: Path) -> object:
-    try:
-        from pytorch_lightning.loggers import TensorBoardLogger
-
-        return TensorBoardLogger(folder, name="tensorboard", version="")
-    except ModuleNotFoundError:
-        return False  # training works without TensorBoard; history.csv holds the same curves
-
-
-def _trainer(cfg: DictConfig, folder: Path | None, device: torch.device, precision: str) -> pl.Trainer:
-    t = cfg.trainer
-    callbacks: list = [StepBar()] if t.progress else []
-    if folder:
-        keep = {"dirpath": folder, "save_on_train_epoch_end": True, "enable_version_counter": False}
-        best = ModelCheckpoint(filename="best", monitor="val_psnr_y", mode="max", save_top_k=1, **keep)
-        last = ModelCheckpoint(filename="last", save_top_k=1, **keep)
-        callbacks += [best, last]
-        if t.save_every:
-            callbacks.append(
-                ModelCheckpoint(
-                    filename="step_{step}",
-                    every_n_epochs=max(1, t.save_every // t.val_every),
-                    save_top_k=-1,
-                    auto_insert_metric_name=False,
-                    **keep,
-                )
-            )
-    return pl.Trainer(
-        max_epochs=math.ceil(t.max_steps / t.val_every),
-        accelerator={"cuda": "gpu"}.get(device.type, device.type),
-        devices=t.devices,
-        num_nodes=t.num_nodes,
-        strategy=t.strategy,
-        precision=LIGHTNING_PRECISION[precision],
-        accumulate_grad_batches=t.accumulate_grad_batches,
-        gradient_clip_val=t.gradient_clip_val,
-        logger=_tensorboard(folder) if folder else False,
-        callbacks=callbacks,
-        enable_checkpointing=bool(folder),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,
-        log_every_n_steps=50,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        use_distributed_sampler=False,  # StepData already deals the batches out
-    )
+    kept: dict[str, float]
+    discriminator: nn.Module | None = None
 
 
 def _network(cfg: DictConfig) -> nn.Module:
@@ -308,8 +88,16 @@ def _network(cfg: DictConfig) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
+def _module(cfg: DictConfig) -> PixelModule:
+    """The Lightning module of an experiment, without its validation pictures and files."""
+    network = _network(cfg)
+    if OmegaConf.select(cfg, "adversarial") is None:
+        return PixelModule(network, cfg)
+    return AdversarialModule(network, build_discriminator(cfg), cfg)
+
+
 def fit(cfg: DictConfig, data: tuple | None = None, keep: bool = True) -> FitResult:
-    """Train the network a configuration describes.
+    """Train the network a configuration describes; with a section ``adversarial`` against a discriminator.
 
     ``data`` (from :func:`open_data`) may be passed to share photos between runs. With ``keep`` the run writes
     checkpoints and logs to ``runs/train/NAME`` and continues there after an interruption with the same result;
@@ -320,15 +108,15 @@ def fit(cfg: DictConfig, data: tuple | None = None, keep: bool = True) -> FitRes
     precision = runtime.pick_precision(device, cfg.trainer.precision)
     if device.type == "cpu":
         runtime.set_threads(cfg.trainer.threads)
+    module = _module(cfg)  # before the folder: wrong settings must not cost an old run
     folder, resume = run_folder(cfg) if keep else (Path(), None)
-    network = _network(cfg)
-    pairs, validation, report = data or open_data(cfg, cfg.trainer.progress)
-    module = PixelModule(network, cfg, validation, folder / "history.csv" if keep else None)
+    pairs, module.validation, report = data or open_data(cfg, cfg.trainer.progress)
+    module.history_file = folder / "history.csv" if keep else None
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric).*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer = _trainer(cfg, folder if keep else None, device, precision)
+        trainer = trainer_for(cfg, folder if keep else None, device, precision)
         try:
             trainer.fit(module, datamodule=StepData(pairs, cfg), ckpt_path=resume, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C; a notebook's kernel must survive it
@@ -336,24 +124,27 @@ def fit(cfg: DictConfig, data: tuple | None = None, keep: bool = True) -> FitRes
                 raise
     if trainer.interrupted:
         again = "the same command continues from the last validation" if keep else "nothing was kept"
-        raise KeyboardInterrupt(f"stopped at step {module.global_step}; {again}")
-    if keep:
-        _load_best(module, folder)
-    best = max((r["val_psnr_y"] for r in module.history), default=float("nan"))
-    network = module.final.cpu().eval().requires_grad_(True)
-    return FitResult(network, module.history, best, module._seconds, folder, report)
+        raise KeyboardInterrupt(f"stopped at step {module.steps}; {again}")
+    kept = _load_kept(module, folder, cfg.keep if keep else "last")
+    best = max((r["val_psnr_y"] for r in module.history), default=math.nan)
+    result = FitResult(_finished(module.final), module.history, best, module.seconds, folder, report, kept)
+    if not math.isnan(kept.get("d_loss", math.nan)):  # the game may not have begun by then
+        result.discriminator = _finished(module.discriminator)
+    return result
 
 
-def _load_best(module: PixelModule, folder: Path) -> None:
-    """Put the weights of the best validation score into the module."""
-    if (path := folder / "best.ckpt").is_file():
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        module.load_state_dict(state)
+def _finished(network: nn.Module) -> nn.Module:
+    return network.cpu().eval().requires_grad_(True)
 
 
-def is_main_process() -> bool:
-    """False in the helper processes of a distributed run, which must neither write nor print."""
-    return rank_zero_only.rank == 0
+def _load_kept(module: PixelModule, folder: Path, which: str) -> dict[str, float]:
+    """Bring the weights that become the network into the module; returns their history row."""
+    scored = [row for row in module.history if not math.isnan(row["val_psnr_y"])]
+    best = folder / "best.ckpt"
+    if which == "last" or not scored or not best.is_file():
+        return module.history[-1]
+    module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+    return max(scored, key=lambda row: row["val_psnr_y"])
 
 
 def _refuse_to_replace(cfg: DictConfig) -> None:
@@ -378,16 +169,23 @@ def train(cfg: DictConfig, command: str | None = None) -> FitResult:
     result = fit(cfg)
     if not is_main_process():
         return result
-    scale = cfg.model.scale
-    card = {
+    scale, config = cfg.model.scale, OmegaConf.to_container(cfg, resolve=True)
+    shared = {
         "scale": scale,
-        "metrics": {"val_psnr_y": round(result.best, 3), "data": cfg.data.val_root, "protocol": protocol(scale)},
         "training": {"seconds": round(result.seconds), "machine": runtime.machine(), "data": result.data},
         "command": command or f"python -m nbhelpers train experiment={cfg.name}",
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": config,
     }
-    arguments = OmegaConf.to_container(cfg.model, resolve=True)
-    checkpoints.save(str(cfg.name), result.model, cfg.arch, arguments, card, result.history)
+    if result.discriminator is not None:  # first: whoever finds the network finds its discriminator too
+        state = {k: round(result.kept[k], 3) for k in ("d_accuracy", "logit_gap")}
+        card = {"kind": "discriminator", "metrics": state, **shared}
+        judge, a = f"{cfg.name}_discriminator", config["adversarial"]
+        checkpoints.save(judge, result.discriminator, a["arch"], a["model"], card, [])
+    scores = {"val_psnr_y": round(result.kept["val_psnr_y"], 3)}
+    if not math.isnan(lpips := result.kept.get("val_lpips", math.nan)):
+        scores["val_lpips"] = round(lpips, 4)
+    card = {"metrics": scores | {"data": cfg.data.val_root, "protocol": protocol(scale)}, **shared}
+    checkpoints.save(str(cfg.name), result.model, cfg.arch, config["model"], card, result.history)
     return result
 
 

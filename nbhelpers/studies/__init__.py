@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import importlib
 import math
@@ -10,13 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import runtime
+from .. import metrics, runtime
+from ..datasets.pairs import resolve_root
+from ..degrade import crop_to_multiple, downscale
+from ..images import find_images, load_image
+from ..inference import upscale
 from ..runtime import write_csv as write
 
-STUDIES = ("espcn", "set5")
+STUDIES = ("espcn", "set5", "pooling", "rrdb")
 QUICK = ["trainer.max_steps=4", "trainer.val_every=4"]
 Row = dict[str, object]
 
@@ -27,14 +34,19 @@ class Study:
 
     ``measure(result, cfg)`` turns a finished run into {table name: rows}; the table "" is the study's main CSV and
     gets exactly one row per run. Seeds are shared by all variants, so differences can be taken in pairs.
+    A study of something else than upscalers brings its own ``compose(overrides) -> cfg`` and ``train(cfg) -> result``.
+    ``quick`` overrides make the short form.
     """
 
     name: str
-    experiment: str
+    experiment: str | None
     variants: Mapping[str, Sequence[str]]
     measure: Callable[[object, object], dict[str, list[Row]]]
     seeds: Sequence[int] = (0, 1, 2)
     tables: Sequence[str] = field(default=("",))
+    compose: Callable[[Sequence[str]], object] | None = None
+    train: Callable[[object], object] | None = None
+    quick: Sequence[str] = tuple(QUICK)
 
     def path(self, table: str = "", folder: Path | None = None) -> Path:
         return (folder or runtime.RESULTS) / (f"{self.name}_{table}.csv" if table else f"{self.name}.csv")
@@ -60,7 +72,7 @@ def _number(text: str) -> object:
 def _fingerprint(cfg: object) -> str:
     """Short hash of everything that decides a run's result; runs made with other settings are done again."""
     settings = OmegaConf.to_container(cfg, resolve=True)
-    settings.pop("name"), settings.pop("resume")
+    settings.pop("name", None), settings.pop("resume", None)
     # The letter keeps a hash of digits from being read back as a number.
     return "h" + hashlib.sha256(OmegaConf.to_yaml(settings).encode()).hexdigest()[:10]
 
@@ -70,13 +82,15 @@ def run_study(study: Study, fresh: bool = False, quick: bool = False) -> Path:
     from ..experiments import compose
     from ..training import fit
 
+    make = study.compose or functools.partial(compose, study.experiment)
+    train = study.train or functools.partial(fit, keep=False)
     folder = runtime.RUNS / "quick_results" if quick else runtime.RESULTS
     tables = {t: [] if fresh or quick else read(study.path(t, folder)) for t in study.tables}
     todo = []
     for seed in study.seeds[: 1 if quick else None]:
         for variant, overrides in study.variants.items():
-            extra = QUICK if quick else []
-            cfg = compose(study.experiment, [*overrides, f"seed={seed}", *extra])
+            extra = study.quick if quick else []
+            cfg = make([*overrides, f"seed={seed}", *extra])
             todo.append((variant, seed, cfg, _fingerprint(cfg)))
     wanted = {(v, s, h) for v, s, _, h in todo}
     for t, rows in tables.items():
@@ -85,11 +99,35 @@ def run_study(study: Study, fresh: bool = False, quick: bool = False) -> Path:
     missing = [job for job in todo if job[:2] not in done]
     for variant, seed, cfg, settings in (bar := tqdm(missing, desc=study.name, unit="run")):
         bar.set_postfix_str(f"{variant}, seed {seed}")
-        measured = study.measure(fit(cfg, keep=False), cfg)
+        measured = study.measure(train(cfg), cfg)
         for t in study.tables:
             tables[t] += [{"variant": variant, "seed": seed, "settings": settings, **r} for r in measured[t]]
             write(study.path(t, folder), tables[t])
     return study.path("", folder)
+
+
+@functools.lru_cache(maxsize=4)
+def _validation(scale: int, damage: Callable[[Tensor], Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+    pairs = []
+    for path in find_images(resolve_root("bundled_val")):
+        hr = crop_to_multiple(load_image(path), scale)
+        lr = downscale(hr, scale)
+        pairs.append((lr if damage is None else damage(lr), hr))
+    return pairs
+
+
+def score(
+    model: torch.nn.Module, damage: Callable[[Tensor], Tensor] | None = None, lpips: bool = True
+) -> dict[str, float | None]:
+    """Means over the bundled validation photos: ``psnr_y`` (dB), ``ssim_y``, ``lpips`` (None without its weights).
+
+    ``damage`` changes the small pictures ("3 h w" in [0, 1]) before they are enlarged.
+    """
+    rows = []
+    for lr, hr in _validation(model.scale, damage):
+        rows.append(metrics.compare(upscale(model, lr), hr, model.scale, lpips=lpips))
+    means = metrics.mean(rows)
+    return {k: None if means[k] is None else round(means[k], 4) for k in ("psnr_y", "ssim_y", "lpips")}
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -13,11 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from nbhelpers import checkpoints, runtime, training
+from nbhelpers.images import load_image
 
 TINY = [
     "init_from=null", "data.roots=[bundled]", "data.limit=3", "data.val_limit=1", "data.patch=12", "data.batch=2",
     "model.channels=8", "trainer.max_steps=30", "trainer.val_every=5", "trainer.progress=false", "trainer.threads=1",
 ]  # fmt: skip
+# What makes the adversarial experiment as small; dropout and a late start are there to be resumed as well.
+GAN = ["~loss.vgg", "adversarial.model.channels=4", "trainer.val_lpips=false", "trainer.sample_every=0"]
+GAME = [*GAN, "adversarial.model.dropout=0.2", "adversarial.start_step=7", "adversarial.d_steps=2"]
 
 
 def tiny(name: str, *overrides: str):
@@ -42,17 +46,18 @@ def test_same_seed_same_weights_other_seed_other(runs):
     assert not torch.equal(weights(one), weights(other))
 
 
-def test_killed_run_resumes_to_the_same_weights(tmp_path):
+@pytest.mark.parametrize(("experiment", "extra", "steps"), [("espcn_x2", [], 150), ("espcn_gan_x4", GAME, 60)])
+def test_killed_run_resumes_to_the_same_weights(tmp_path, experiment, extra, steps):
     """A real SIGKILL in a real process, in the middle of an epoch; then the same command again."""
     env = os.environ | {"NB_RUNS": str(tmp_path / "runs"), "NB_THREADS": "1", "OMP_NUM_THREADS": "1"}
     script = (
         "import sys; from pathlib import Path; from nbhelpers import runtime, training;"
-        "runtime.CHECKPOINTS = Path(sys.argv[1]); training.train(training.compose('espcn_x2', sys.argv[2:]))"
+        "runtime.CHECKPOINTS = Path(sys.argv[1]); training.train(training.compose(sys.argv[2], sys.argv[3:]))"
     )
-    settings = [o for o in TINY if "max_steps" not in o] + ["trainer.max_steps=150"]
+    settings = [o for o in TINY if "max_steps" not in o] + [f"trainer.max_steps={steps}", *extra]
 
     def command(out: str) -> list[str]:
-        return [sys.executable, "-c", script, str(tmp_path / out), *settings, f"name={out}"]
+        return [sys.executable, "-c", script, str(tmp_path / out), experiment, *settings, f"name={out}"]
 
     victim = subprocess.Popen(command("killed"), env=env, stderr=subprocess.PIPE)
     last = tmp_path / "runs" / "train" / "killed" / "last.ckpt"
@@ -64,14 +69,17 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     victim.kill()
     victim.wait()
     step = torch.load(last, weights_only=True)["global_step"]
-    assert 0 < step < 150
+    assert 0 < step < steps
     subprocess.run(command("killed"), env=env, check=True, capture_output=True)
     subprocess.run(command("whole"), env=env, check=True, capture_output=True)
-    resumed, whole = (load_file(tmp_path / n / f"{n}.safetensors") for n in ("killed", "whole"))
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
+    suffixes = ["", "_discriminator"] if extra else [""]
+    for suffix in suffixes:
+        resumed, whole = (load_file(tmp_path / n / f"{n}{suffix}.safetensors") for n in ("killed", "whole"))
+        assert resumed.keys() == whole.keys()
+        assert all(torch.equal(resumed[k], whole[k]) for k in whole)
     histories = [checkpoints.history(n, tmp_path / n) for n in ("killed", "whole")]
-    assert [r["train_loss"] for r in histories[0]] == [r["train_loss"] for r in histories[1]]
+    first, second = ([{k: str(v) for k, v in row.items() if k != "seconds"} for row in rows] for rows in histories)
+    assert first == second and len(first) == steps // 5  # as text, in which NaN equals NaN
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_state(runs):
@@ -92,6 +100,16 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(runs):
     state = torch.load(runtime.RUNS / "train" / "nan" / "last.ckpt", weights_only=True)
     assert state["global_step"] == 10
     assert all(torch.isfinite(v).all() for v in state["state_dict"].values() if v.is_floating_point())
+
+
+def test_a_network_that_gives_nan_is_not_kept():
+    """The last step before a checkpoint can spoil the weights with a finite loss."""
+    module = training.PixelModule(training.models.build("ESPCN", scale=2, channels=8), tiny("spoilt"))
+    module.validation = [(torch.rand(3, 9, 9), torch.rand(3, 18, 18))]
+    assert module.validate()["val_psnr_y"] > 0
+    torch.nn.init.constant_(module.final.to_subpixels.bias, float("nan"))
+    with pytest.raises(training.TrainingError, match=r"gives NaN at step 0.*last.ckpt"):
+        module.validate()
 
 
 def test_resume_refuses_another_configuration(runs):
@@ -115,20 +133,25 @@ def test_two_learning_rates_reach_the_last_layer():
     assert sum(len(g["params"]) for g in groups) == len(list(module.model.parameters()))
 
 
-def test_step_checkpoints_are_kept(runs):
-    training.fit(tiny("every", "trainer.save_every=10"))
-    folder = runtime.RUNS / "train" / "every"
-    assert {p.name for p in folder.glob("*.ckpt")} == {
-        "best.ckpt", "last.ckpt", "step_10.ckpt", "step_20.ckpt", "step_30.ckpt"
-    }  # fmt: skip
+@pytest.mark.parametrize("every", [10, 5])  # less often than validation, and as often
+def test_step_checkpoints_are_kept(runs, every):
+    training.fit(tiny("every", f"trainer.save_every={every}"))
+    names = {p.name for p in (runtime.RUNS / "train" / "every").glob("*.ckpt")}
+    assert names == {"best.ckpt", "last.ckpt", *(f"step_{step}.ckpt" for step in range(every, 31, every))}
 
 
 def test_train_exports_network_card_and_history(runs):
-    training.train(tiny("exported"), "the command")
+    training.train(tiny("exported", "trainer.sample_every=15"), "the command")
     assert checkpoints.available() == ["exported"]
     card = checkpoints.card("exported")
     assert card["command"] == "the command" and card["config"]["seed"] == 0 and card["scale"] == 2
-    assert len(checkpoints.history("exported")) == 6
+    rows = checkpoints.history("exported")
+    assert len(rows) == 6
+    # x2 trains on two losses: each has its column beside their weighted sum.
+    assert all(r["train_loss"] == pytest.approx(r["mse"] + 2 * r["mse_luma"], rel=1e-5) for r in rows)
+    samples = sorted((runtime.RUNS / "train" / "exported" / "samples").iterdir())
+    assert [p.name for p in samples] == ["step_000015.png", "step_000030.png"]
+    assert load_image(samples[0]).shape == (3, 128, 3 * 128)  # one validation picture: bicubic, network, original
     model = checkpoints.load("exported")
     assert not model.training and model(torch.rand(1, 3, 5, 7)).shape == (1, 3, 10, 14)
 
