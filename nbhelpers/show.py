@@ -106,18 +106,70 @@ def intervals(
     rows: Mapping[str, tuple[float, float]], xlabel: str, title: str | None = None, reference: str | None = None
 ) -> Figure:
     """Named values with their 95 % intervals, {name: (mean, half-width)}; ``reference`` draws a line at that row."""
-    fig, axis = _figure(figsize=(6.4, 0.42 * len(rows) + 1.1))
-    names = list(rows)
-    for i, name in enumerate(names):
-        value, half = rows[name]
-        colour = COLOURS[1] if name == reference else COLOURS[0]
-        axis.errorbar(value, i, xerr=half, fmt=MARKERS[0], color=colour, capsize=4, markersize=5)
-    if reference:
-        axis.axvline(rows[reference][0], color=COLOURS[1], linewidth=1, linestyle="--")
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
+    return interval_panels({xlabel: rows}, title, reference)
+
+
+def interval_panels(
+    panels: Mapping[str, Mapping[str, tuple[float, float]]], title: str | None = None, reference: str | None = None
+) -> Figure:
+    """:func:`intervals` of several quantities beside each other, {x label: rows}; all have the same rows."""
+    n, rows = len(panels), len(next(iter(panels.values())))
+    fig, axes = _figure(
+        ncols=n, sharey=True, squeeze=False, figsize=(6.4 if n == 1 else 1.9 + 2.6 * n, 0.42 * rows + 1.1)
+    )
+    for axis, (xlabel, values) in zip(axes.flat, panels.items(), strict=True):
+        for i, (name, (value, half)) in enumerate(values.items()):
+            colour = COLOURS[1] if name == reference else COLOURS[0]
+            axis.errorbar(value, i, xerr=half, fmt=MARKERS[0], color=colour, capsize=4, markersize=5)
+        if reference:
+            axis.axvline(values[reference][0], color=COLOURS[1], linewidth=1, linestyle="--")
+        axis.set_xlabel(xlabel)
+        axis.grid(axis="x", alpha=0.3)
+    first = axes.flat[0]
+    first.set_yticks(range(rows), list(next(iter(panels.values()))))
+    first.invert_yaxis()
+    if title and n == 1:
+        first.set_title(title, fontsize=11)
+    elif title:
+        fig.suptitle(title, fontsize=12)
+    return fig
+
+
+def heat_maps(layers: Mapping[str, tuple[Tensor, Tensor]], label: str, height: float = 3.2) -> Figure:
+    """Maps over pictures, next to each other: {title: (picture "3 h w" in [0, 1], map of any "h w")}.
+
+    All maps share one colour scale with 0 in its middle, named ``label``; the picture shows through in grey.
+    """
+    fig, axes = _figure(ncols=len(layers), figsize=(height * len(layers) + 0.6, height + 0.2), squeeze=False)
+    most = max(float(values.abs().max()) for _, values in layers.values())
+    for axis, (title, (picture, values)) in zip(axes.flat, layers.items(), strict=True):
+        extent = (0, picture.shape[-1], picture.shape[-2], 0)  # a map may be coarser than its picture
+        axis.imshow(to_uint8(picture).mean(-1), cmap="gray", extent=extent)
+        drawn = axis.imshow(values, cmap="PuOr", vmin=-most, vmax=most, alpha=0.65, extent=extent)
+        axis.set_title(title, fontsize=10)
+        axis.set_axis_off()
+    fig.colorbar(drawn, ax=axes, label=label, fraction=0.02, pad=0.01)
+    return fig
+
+
+def scatter(
+    points: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, title: str | None = None, note: str = ""
+) -> Figure:
+    """Named points in a plane, {name: (x, y)} or {name: (x, y, half-width of x, of y)}; the legend stands beside.
+
+    ``note`` is written into the upper right corner, for example which direction is better. NaN points are left out.
+    """
+    fig, axis = _figure(figsize=(7.6, 3.9))
+    for i, (name, (x, y, *halves)) in enumerate(points.items()):
+        # Colours and markers repeat after eight, but never the same two together.
+        style = {"color": COLOURS[i % 8], "marker": MARKERS[(i + i // 8) % 8], "markersize": 6, "linestyle": "none"}
+        xerr, yerr = halves or (None, None)
+        axis.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.8, capsize=2, label=name, **style)
     axis.set_xlabel(xlabel)
-    axis.grid(axis="x", alpha=0.3)
+    axis.set_ylabel(ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axis.text(0.98, 0.97, note, transform=axis.transAxes, ha="right", va="top", fontsize=8, color="0.4")
     if title:
         axis.set_title(title, fontsize=11)
     return fig

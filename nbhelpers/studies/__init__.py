@@ -23,7 +23,7 @@ from ..images import find_images, load_image
 from ..inference import upscale
 from ..runtime import write_csv as write
 
-STUDIES = ("espcn", "set5", "pooling", "rrdb")
+STUDIES = ("espcn", "set5", "vgg", "pooling", "gan", "rrdb")
 QUICK = ["trainer.max_steps=4", "trainer.val_every=4"]
 Row = dict[str, object]
 
@@ -77,21 +77,27 @@ def _fingerprint(cfg: object) -> str:
     return "h" + hashlib.sha256(OmegaConf.to_yaml(settings).encode()).hexdigest()[:10]
 
 
-def run_study(study: Study, fresh: bool = False, quick: bool = False) -> Path:
-    """Train what is missing and write the tables after every run; ``quick`` writes to ``runs/`` instead."""
+def jobs(study: Study, quick: bool = False) -> list[tuple[str, int, object, str]]:
+    """What a study consists of: (variant, seed, configuration, hash of what decides the result)."""
     from ..experiments import compose
-    from ..training import fit
 
     make = study.compose or functools.partial(compose, study.experiment)
+    out = []
+    for seed in study.seeds[: 1 if quick else None]:
+        for variant, overrides in study.variants.items():
+            cfg = make([*overrides, f"seed={seed}", *(study.quick if quick else ())])
+            out.append((variant, seed, cfg, _fingerprint(cfg)))
+    return out
+
+
+def run_study(study: Study, fresh: bool = False, quick: bool = False) -> Path:
+    """Train what is missing and write the tables after every run; ``quick`` writes to ``runs/`` instead."""
+    from ..training import fit
+
     train = study.train or functools.partial(fit, keep=False)
     folder = runtime.RUNS / "quick_results" if quick else runtime.RESULTS
     tables = {t: [] if fresh or quick else read(study.path(t, folder)) for t in study.tables}
-    todo = []
-    for seed in study.seeds[: 1 if quick else None]:
-        for variant, overrides in study.variants.items():
-            extra = study.quick if quick else []
-            cfg = make([*overrides, f"seed={seed}", *extra])
-            todo.append((variant, seed, cfg, _fingerprint(cfg)))
+    todo = jobs(study, quick)
     wanted = {(v, s, h) for v, s, _, h in todo}
     for t, rows in tables.items():
         tables[t] = [r for r in rows if (r["variant"], r["seed"], str(r["settings"])) in wanted]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from omegaconf import OmegaConf
 
-from nbhelpers import runtime, studies
-from nbhelpers.studies import Study, espcn, read, run_study, set5, summary, write
+from nbhelpers import models, runtime, studies
+from nbhelpers.experiments import check
+from nbhelpers.inference import evaluate
+from nbhelpers.studies import Study, espcn, gan, pooling, read, rrdb, run_study, set5, summary, vgg, write
 
 SMALL = ["data.limit=2", "data.val_limit=1", "data.patch=12", "data.batch=2"]
 SMALL += ["trainer.max_steps=2", "trainer.val_every=2"]
@@ -71,22 +74,40 @@ def test_unknown_study_lists_the_known():
         studies.run("m24")
 
 
-def test_committed_espcn_study_is_complete_and_current(capsys):
+@pytest.mark.parametrize("made", [espcn.STUDY, pooling.STUDY], ids=lambda s: s.name)
+def test_committed_study_is_complete_and_current(made):
     """Every row was made by today's configuration: nothing would run if the study were started now."""
-    rows = read(espcn.STUDY.path())
-    wanted = [
-        (variant, seed, studies._fingerprint(studies_compose(overrides, seed)))
-        for seed in espcn.STUDY.seeds
-        for variant, overrides in espcn.VARIANTS.items()
-    ]
+    rows = read(made.path())
+    wanted = [(variant, seed, settings) for variant, seed, _, settings in studies.jobs(made)]
     assert sorted((r["variant"], r["seed"], r["settings"]) for r in rows) == sorted(wanted)
-    assert len(read(espcn.STUDY.path("bands"))) == espcn.BANDS * len(rows)
+    for table in made.tables[1:]:
+        assert {(r["variant"], r["seed"]) for r in read(made.path(table))} == {w[:2] for w in wanted}
 
 
-def studies_compose(overrides, seed):
-    from nbhelpers.training import compose
+@pytest.mark.parametrize("made", [vgg.STUDY, gan.STUDY, rrdb.STUDY], ids=lambda s: s.name)
+def test_every_variant_can_be_built(made):
+    for variant, seed, cfg, _ in studies.jobs(made):
+        if seed == 0:
+            check(cfg)
+            network = models.build(cfg.arch, **OmegaConf.to_container(cfg.model))
+            assert network.scale == cfg.model.scale, variant
 
-    return compose("espcn_study", [*overrides, f"seed={seed}"])
+
+def test_one_step_of_four_and_two_of_two_have_equal_parameters():
+    """Claim K9 is about the order of the layers, so their number of weights must be the same."""
+    sizes = {}
+    for variant, seed, cfg, _ in studies.jobs(rrdb.STUDY):
+        if seed == 0 and cfg.arch == "StagedESPCN":
+            sizes[variant] = models.count_parameters(models.build(cfg.arch, **OmegaConf.to_container(cfg.model)))
+    assert len(sizes) == 6 and len(set(sizes.values())) == 1, sizes
+
+
+def test_score_is_the_evaluation_of_the_validation_photos():
+    model = models.build("ESPCN", scale=4, channels=4).eval()
+    expected = evaluate(model, runtime.PHOTOS / "val", lpips=False)["mean"]
+    got = studies.score(model, lpips=False)
+    assert got["psnr_y"] == pytest.approx(expected["psnr_y"], abs=1e-4) and got["lpips"] is None
+    assert studies.score(model, rrdb.damaged, lpips=False) != got
 
 
 def test_readme_shows_the_committed_set5_table():
