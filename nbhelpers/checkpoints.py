@@ -62,13 +62,17 @@ def save(
     card: Mapping[str, object],
     history: Iterable[Mapping[str, object]],
     folder: Path | None = None,
+    half: bool = False,
 ) -> Path:
     """Write weights, history and card atomically, the card last; returns the weights' path.
 
+    ``half`` stores floating-point tensors in half precision, which halves the file; they are read back as fp32.
     The card gets the architecture, its arguments, parameter count and the weights' SHA-256 beside what is given.
     """
     path = _folder(folder) / f"{name}.safetensors"
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if half:
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     with runtime.atomic_path(path) as part:
         part.write_bytes(to_bytes(state))  # save_file would make the file readable to its owner only
     if rows := list(history):

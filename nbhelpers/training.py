@@ -180,7 +180,7 @@ def train(cfg: DictConfig, command: str | None = None) -> FitResult:
         state = {k: round(result.kept[k], 3) for k in ("d_accuracy", "logit_gap")}
         card = {"kind": "discriminator", "metrics": state, **shared}
         judge, a = f"{cfg.name}_discriminator", config["adversarial"]
-        checkpoints.save(judge, result.discriminator, a["arch"], a["model"], card, [])
+        checkpoints.save(judge, result.discriminator, a["arch"], a["model"], card, [], half=True)
     scores = {"val_psnr_y": round(result.kept["val_psnr_y"], 3)}
     if not math.isnan(lpips := result.kept.get("val_lpips", math.nan)):
         scores["val_lpips"] = round(lpips, 4)

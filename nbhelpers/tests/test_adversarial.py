@@ -248,7 +248,8 @@ def test_run_exports_both_networks_and_counts_generator_steps(runs):
     assert card["kind"] == "discriminator" and card["scale"] == 4 and card["arguments"]["channels"] == 4
     judge = discriminator(**card["arguments"])
     checkpoints.load_weights(judge, runtime.CHECKPOINTS / "game_discriminator.safetensors")
-    assert torch.equal(weights(judge), weights(result.discriminator)) and not result.discriminator.training
+    torch.testing.assert_close(weights(judge), weights(result.discriminator), rtol=1e-3, atol=1e-4)  # stored as fp16
+    assert not result.discriminator.training
     assert "kind" not in checkpoints.card("game") or checkpoints.card("game")["kind"] == "upscaler"
 
 
