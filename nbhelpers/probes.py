@@ -8,10 +8,12 @@ fixed rules, so every network is asked the same.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -27,6 +29,8 @@ COUNT, PER_PHOTO = 12, 3  # patches of a group, and how many of them one photo m
 FLAT_LUMA = (24, 232)  # near black and white the clamp would hide what a network adds
 HIGH_PASS_SIGMA = 1.5  # original pixels; keeps patterns of up to about 9 pixels
 BORDER = 6  # left out of the energy: the filter's edge
+LATTICE_WIDTH = 6  # frequencies to each side that still belong to a lattice whose strength varies
+TINY = 1e-6  # squared grey levels: a picture without any detail
 LINES = (
     "Super-Resolution",
     "quick brown fox",
@@ -130,6 +134,39 @@ def added_energy(sr: Tensor, hr: Tensor) -> float:
     Above 0: detail was invented. Below: detail (or the original's noise) is missing.
     """
     return energy(sr) - energy(hr)
+
+
+def spectrum(picture: Tensor) -> Tensor:
+    """Power spectrum (h, w) of the luma of a picture "3 h w" in [0, 1], in squared grey levels; frequency 0 first.
+
+    The mean is taken out, and a Hann window keeps the borders from showing as lines.
+    """
+    luma = rgb_to_y(to_8bit(picture), full_range=True)[0]
+    window = torch.hann_window(luma.shape[0], dtype=luma.dtype)[:, None] * torch.hann_window(
+        luma.shape[1], dtype=luma.dtype
+    )
+    return torch.fft.fft2((luma - luma.mean()) * window).abs().square()
+
+
+def lattice(sr: Tensor, hr: Tensor, scale: int) -> float:
+    """How much of a pattern that repeats every ``scale`` pixels ``sr`` has, against ``hr``; pictures "3 h w" in [0, 1].
+
+    A pixel shuffle writes ``scale`` x ``scale`` pixels from one, so a pattern on that grid is its cheapest texture. It
+    stands in the spectrum at whole multiples of 1/``scale`` in both directions. Returns log2 of the power there
+    against the original's: 0 for as much, 1 for twice, -1 for half. Raises ValueError for pictures of unequal size.
+    """
+    if sr.shape != hr.shape:
+        raise ValueError(f"pictures differ in size: {tuple(sr.shape)} and {tuple(hr.shape)}")
+    powers = []
+    for picture in (sr, hr):
+        power = spectrum(crop_to_multiple(picture, scale))
+        h, w = power.shape
+        rows, columns = (
+            torch.cat([k * n // scale + torch.arange(-LATTICE_WIDTH, LATTICE_WIDTH + 1) for k in range(1, scale)]) % n
+            for n in (h, w)
+        )
+        powers.append(float(power[rows][:, columns].mean()))
+    return math.log2(max(powers[0], TINY) / max(powers[1], TINY))
 
 
 def measure(

@@ -113,7 +113,8 @@ def run_study(study: Study, fresh: bool = False, quick: bool = False) -> Path:
 
 
 @functools.lru_cache(maxsize=4)
-def _validation(scale: int, damage: Callable[[Tensor], Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+def validation(scale: int, damage: Callable[[Tensor], Tensor] | None = None) -> list[tuple[Tensor, Tensor]]:
+    """The bundled validation photos as (lr, hr) pictures "3 h w" in [0, 1]; ``damage`` changes the small ones."""
     pairs = []
     for path in find_images(resolve_root("bundled_val")):
         hr = crop_to_multiple(load_image(path), scale)
@@ -127,10 +128,10 @@ def score(
 ) -> dict[str, float | None]:
     """Means over the bundled validation photos: ``psnr_y`` (dB), ``ssim_y``, ``lpips`` (None without its weights).
 
-    ``damage`` changes the small pictures ("3 h w" in [0, 1]) before they are enlarged.
+    ``damage`` as in :func:`validation`.
     """
     rows = []
-    for lr, hr in _validation(model.scale, damage):
+    for lr, hr in validation(model.scale, damage):
         rows.append(metrics.compare(upscale(model, lr), hr, model.scale, lpips=lpips))
     means = metrics.mean(rows)
     return {k: None if means[k] is None else round(means[k], 4) for k in ("psnr_y", "ssim_y", "lpips")}

@@ -7,7 +7,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from .. import probes, runtime
-from . import Row, Study, run_study, score
+from ..inference import upscale
+from . import Row, Study, run_study, score, validation
 
 REFERENCE = "pixels and features"
 _WEIGHTS = "loss.vgg.layer_weights"
@@ -31,9 +32,12 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def measure(result, cfg: DictConfig) -> dict[str, list[Row]]:
-    """PSNR-Y, SSIM-Y and LPIPS on the validation photos; detail added to flat, defocused and text patches."""
+    """PSNR-Y, SSIM-Y, LPIPS and lattice on the validation photos; detail added to flat, defocused and text patches."""
     row = {"steps": cfg.trainer.max_steps} | score(result.model)
     row |= {f"energy_{group}": round(v["energy"], 3) for group, v in probes.measure(result.model).items()}
+    scale = result.model.scale
+    lattice = [probes.lattice(upscale(result.model, lr), hr, scale) for lr, hr in validation(scale)]
+    row["lattice"] = round(sum(lattice) / len(lattice), 3)
     return {"": [row | {"seconds": round(result.seconds, 1)}]}
 
 

@@ -76,3 +76,18 @@ def test_a_folder_without_photos_is_refused(tmp_path):
         probes.probe_patches(4, tmp_path)
     with pytest.raises(ValueError, match="scale 0"):
         probes.probe_patches(0)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_lattice_finds_a_pattern_on_the_grid_and_no_other(scale):
+    torch.manual_seed(0)
+    hr = 0.3 + 0.2 * torch.rand(3, 96, 128)
+    pattern = torch.zeros(96, 128)
+    pattern[::scale, ::scale] = 0.3
+    other = torch.zeros(96, 128)
+    other[::3, ::3] = 0.3
+    assert probes.lattice(hr, hr, scale) == 0
+    assert probes.lattice(hr + pattern, hr, scale) > 2
+    assert abs(probes.lattice(hr + other, hr, scale)) < 0.5
+    with pytest.raises(ValueError, match="96, 128"):
+        probes.lattice(hr[:, 1:], hr, scale)
