@@ -154,7 +154,7 @@ class _Payload:
 
 
 def test_a_weight_file_cannot_run_code(tmp_path, capsys):
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": _Payload()}))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": _Payload()}, protocol=2))
     with pytest.raises(CheckpointError, match=r"evil\.pth is not a readable weight file"):
         checkpoints.load(tmp_path / "evil.pth")
     assert "code ran" not in capsys.readouterr().out
