@@ -53,7 +53,7 @@ def measure(result, cfg: DictConfig) -> dict[str, list[Row]]:
         twice.load_state_dict(model.state_dict())
         row |= {f"{key}_x4": value for key, value in score(twice.eval()).items()}
     else:
-        row |= {f"{key}_x4": row[key] for key in ("psnr_y", "lpips")}
+        row |= {f"{key}_x4": row[key] for key in ("psnr_y", "ssim_y", "lpips")}
     return {"": [row | {"seconds": round(result.seconds, 1)}]}
 
 
