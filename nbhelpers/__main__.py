@@ -139,13 +139,19 @@ def _download(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from . import deploy
+
+    return deploy.run(args)
+
+
 def _tiles(args: argparse.Namespace) -> int:
     from .datasets import tiles
 
     return tiles.run(args)
 
 
-MODEL = "name from `list`, a weight file (.safetensors; .pth of ESRGAN, SwinIR …), or bicubic"
+MODEL = "name from `list`, a weight file (.safetensors; .onnx; .pth of ESRGAN, SwinIR …), or bicubic"
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -203,6 +209,11 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("name", choices=["div2k_train", "div2k_valid", "flowers102", "lpips", "vgg16"])
     p.add_argument("--target", type=Path, help="folder (default: runs/downloads/NAME; lpips, vgg16: the torch cache)")
     p.set_defaults(run=_download)
+
+    p = commands.add_parser("export", help="write a network as ONNX, checked against PyTorch")
+    p.add_argument("model", metavar="MODEL", help="name from `list`, or a weight file (.safetensors, .pth)")
+    p.add_argument("-o", "--output", required=True, type=Path, metavar="FILE.onnx", help="file to write")
+    p.set_defaults(run=_export)
 
     p = commands.add_parser("tiles", help="cut folders of photos into lossless training tiles")
     if command in (None, "tiles"):

@@ -119,10 +119,13 @@ def load(
 ) -> nn.Module:
     """Build the network its card describes and fill in the weights; in eval mode, without gradients.
 
-    ``name`` is one of :func:`available`, a path to a ``.safetensors`` file with its card beside it, or a weight file
-    of a published network (ESRGAN, SwinIR …; see :mod:`nbhelpers.models.external`).
+    ``name`` is one of :func:`available`, a path to a ``.safetensors`` file with its card beside it, an ``.onnx`` file
+    of ours (:mod:`nbhelpers.deploy`), or a weight file of a published network (ESRGAN, SwinIR …; see
+    :mod:`nbhelpers.models.external`).
     Raises CheckpointError for a missing or damaged file, a wrong SHA-256 (``check``) or other architecture.
     """
+    if Path(name).suffix == ".onnx":
+        return _load_onnx(Path(name))
     weights, card_file = _paths(name, folder)
     if weights.suffix != ".safetensors" or (Path(name).suffix and not card_file.is_file()):
         try:
@@ -140,6 +143,15 @@ def load(
         raise CheckpointError(f"the card of {weights.stem} cannot be built: {error}") from error
     load_weights(model, weights)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _load_onnx(path: Path) -> nn.Module:
+    from .deploy import OnnxUpscaler  # which imports this file; and ONNX Runtime is needed only here
+
+    try:
+        return OnnxUpscaler(path).eval()
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from . import runtime
 from .losses import ADVERSARIAL_LOSSES
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "stages")
 # The section `adversarial` is absent from pixel training; its keys are checked where it is there.
 CHOICES = {
     "resume": ("auto", "never"),
@@ -34,6 +35,16 @@ AT_LEAST = {
 
 class TrainingError(RuntimeError):
     """A run that cannot start or go on (wrong settings, a loss that is not finite); says what to do."""
+
+
+def _lr_patch(patch: int, scale: int) -> int:
+    if patch % scale:
+        raise ValueError(f"patch_size={patch} (pixels of the original) must be a multiple of scale={scale}")
+    return patch // scale
+
+
+# ${lr_patch:HR_PATCH,SCALE}: for a configuration that gives patches in pixels of the original, as document 000 does.
+OmegaConf.register_new_resolver("lr_patch", _lr_patch, replace=True)
 
 
 def experiments() -> list[str]:
@@ -83,10 +94,21 @@ def check(cfg: DictConfig) -> None:
     for key in ("max_steps", "sample_every"):
         if t[key] % t.val_every:
             raise TrainingError(f"trainer.{key}={t[key]} is not a multiple of trainer.val_every={t.val_every}")
+    stages = OmegaConf.select(cfg, "optimizer.stages")
+    if stages is not None and not _fractions(stages):
+        raise TrainingError(f"optimizer.stages={stages} must be a list of fractions of optimizer.lr above 0")
     if adversarial:
         _check_adversarial(cfg)
     if not str(cfg.name) or set(str(cfg.name)) & set('/\\:*?"<>|'):
         raise TrainingError(f"name={cfg.name} cannot be a file name; use letters, digits, '_' and '-'")
+
+
+def _fractions(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and bool(value)
+        and all(isinstance(x, int | float) and 0 < x < math.inf for x in value)
+    )
 
 
 def _check_adversarial(cfg: DictConfig) -> None:
@@ -107,15 +129,21 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
         x, y = before.get(key), now.get(key)
         if isinstance(x, dict) and isinstance(y, dict):
             out += differences(x, y, f"{prefix}{key}.")
-        elif x != y and f"{prefix}{key}" not in ("resume", "trainer.progress"):
+        elif x != y and f"{prefix}{key}" not in ("resume", "save_dir", "trainer.progress"):
             out.append(f"{prefix}{key}: {x} before, {y} now")
     return out
 
 
 def run_folder(cfg: DictConfig) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint to resume from; refuses a folder made with another configuration."""
-    folder = runtime.RUNS / "train" / str(cfg.name)
+    """The run's folder and the checkpoint to resume from; refuses a folder made with another configuration.
+
+    The folder is ``save_dir`` where an experiment has that key and it is set, else ``runs/train/NAME``.
+    """
+    given = OmegaConf.select(cfg, "save_dir")
+    folder = Path(given).expanduser().absolute() if given else runtime.RUNS / "train" / str(cfg.name)
     last, config = folder / "last.ckpt", folder / "config.yaml"
+    if given and not config.is_file() and any(folder.glob("*.ckpt")):  # which a new run would delete
+        raise TrainingError(f"save_dir={given} holds checkpoints that are not of a run here; choose another folder")
     if cfg.resume == "never" or not (last.is_file() and config.is_file()):
         for old in folder.glob("*.ckpt"):
             old.unlink()
@@ -126,7 +154,7 @@ def run_folder(cfg: DictConfig) -> tuple[Path, Path | None]:
     before = OmegaConf.to_container(OmegaConf.load(config))
     if changed := differences(before, OmegaConf.to_container(cfg, resolve=True)):
         raise TrainingError(
-            f"the run in runs/train/{cfg.name} has another configuration ({'; '.join(changed)}); "
+            f"the run in {folder} has another configuration ({'; '.join(changed)}); "
             "use resume=never to start again, or another name="
         )
     return folder, last

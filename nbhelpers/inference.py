@@ -72,8 +72,11 @@ class _Tile:
         )
 
 
-def _tiles(h: int, w: int, tile: int, halo: int, least: int = 0) -> Iterator[_Tile]:
-    """Tiles that cover h x w; each sees ``halo`` pixels around its core and at least ``least`` pixels altogether."""
+def _tiles(h: int, w: int, tile: int, halo: int, least: int = 0, grid: int = 1) -> Iterator[_Tile]:
+    """Tiles that cover h x w; each sees ``halo`` pixels around its core and at least ``least`` pixels altogether.
+
+    What a tile sees begins at a multiple of ``grid``.
+    """
     for y in range(0, h, tile):
         for x in range(0, w, tile):
             core = (slice(y, min(y + tile, h)), slice(x, min(x + tile, w)))
@@ -82,7 +85,7 @@ def _tiles(h: int, w: int, tile: int, halo: int, least: int = 0) -> Iterator[_Ti
             )
             ys = _lengthen(ys, h, -(-least // (xs.stop - xs.start)))
             xs = _lengthen(xs, w, -(-least // (ys.stop - ys.start)))
-            yield _Tile(core, (ys, xs))
+            yield _Tile(core, tuple(slice(s.start // grid * grid, s.stop) for s in (ys, xs)))
 
 
 def _lengthen(seen: slice, side: int, need: int) -> slice:
@@ -151,7 +154,7 @@ def upscale(
     precision = runtime.pick_precision(where, precision)
     model, s = model.to(where, memory_format=torch.channels_last), model.scale
     out = np.empty((h * s, w * s, 3), np.uint8) if is_array else torch.empty(3, h * s, w * s)
-    jobs = list(_tiles(h, w, tile, halo, least))
+    jobs = list(_tiles(h, w, tile, halo, least, getattr(model, "grid", 1)))
     for job in tqdm(jobs, desc="upscaling", unit="tile", leave=False, disable=not progress or len(jobs) == 1):
         (ys, xs), (yc, xc) = job.seen, job.core
         x = to_tensor(picture[ys, xs]) if is_array else picture[:, ys, xs].float()

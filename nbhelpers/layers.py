@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,14 @@ def _keys_cubic(x: Tensor) -> Tensor:
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def _upsampling_kernel(scale: int, channels: int, profile: Callable[[Tensor], Tensor], radius: int) -> Tensor:
+    """Interpolation by a whole number as a depthwise kernel "c·scale² 1 2r+1 2r+1", to be followed by a shuffle."""
+    offset = (torch.arange(scale, dtype=torch.float64) + 0.5) / scale - 0.5
+    taps = profile(offset[:, None] - torch.arange(-radius, radius + 1, dtype=torch.float64))
+    kernel = torch.einsum("ay,bx->abyx", taps, taps).reshape(scale * scale, 1, 2 * radius + 1, 2 * radius + 1)
+    return kernel.float().repeat(channels, 1, 1, 1)
 
 
 class BicubicUpsample(nn.Module):
@@ -27,12 +37,26 @@ class BicubicUpsample(nn.Module):
     def __init__(self, scale: int, channels: int = 3):
         super().__init__()
         self.scale, self.channels = scale, channels
-        offset = (torch.arange(scale, dtype=torch.float64) + 0.5) / scale - 0.5
-        taps = _keys_cubic(offset[:, None] - torch.arange(-2, 3, dtype=torch.float64))
-        kernel = torch.einsum("ay,bx->abyx", taps, taps).reshape(scale * scale, 1, 5, 5)
-        self.register_buffer("kernel", kernel.float().repeat(channels, 1, 1, 1), persistent=False)
+        self.register_buffer("kernel", _upsampling_kernel(scale, channels, _keys_cubic, 2), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = F.pad(x.float(), (2, 2, 2, 2), mode="replicate")
             return F.pixel_shuffle(F.conv2d(x, self.kernel, groups=self.channels), self.scale)
+
+
+class BilinearUpsample(nn.Module):
+    """Bilinear enlargement of features "b c h w" by a whole number, made like :class:`BicubicUpsample`.
+
+    Equals ``F.interpolate(x, scale_factor=scale, mode="bilinear")`` to rounding; computed in autocast's precision.
+    """
+
+    def __init__(self, scale: int, channels: int):
+        super().__init__()
+        self.scale, self.channels = scale, channels
+        kernel = _upsampling_kernel(scale, channels, lambda x: (1 - x.abs()).clamp_min(0), 1)
+        self.register_buffer("kernel", kernel, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        return F.pixel_shuffle(F.conv2d(x, self.kernel, groups=self.channels), self.scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,10 +146,12 @@ def _checkpoints(cfg: DictConfig, folder: Path) -> list[Callback]:
     return out
 
 
-def trainer_for(cfg: DictConfig, folder: Path | None, device: torch.device, precision: str) -> pl.Trainer:
-    """The Trainer of a run; without a folder it writes nothing."""
+def trainer_for(
+    cfg: DictConfig, folder: Path | None, device: torch.device, precision: str, more: Sequence[Callback] = ()
+) -> pl.Trainer:
+    """The Trainer of a run, with ``more`` callbacks; without a folder it writes nothing."""
     t, adversarial = cfg.trainer, OmegaConf.select(cfg, "adversarial") is not None
-    callbacks: list[Callback] = [StepBar()] if t.progress else []
+    callbacks: list[Callback] = [StepBar(), *more] if t.progress else list(more)
     if folder:
         callbacks += _checkpoints(cfg, folder)
         if t.sample_every:

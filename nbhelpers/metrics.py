@@ -16,6 +16,7 @@ from torch import Tensor
 from . import runtime
 
 LPIPS_FILE = "squeezenet1_1-b8a52dc0.pth"
+LPIPS_SIDE = 32  # SqueezeNet's pooling leaves nothing of smaller pictures
 LPIPS_MISSING = "not available: weights not downloaded (run `python -m nbhelpers download lpips`)"
 NAMES = {
     "psnr_y": "PSNR-Y (dB)",
@@ -101,14 +102,22 @@ def lpips_available() -> bool:
     return (runtime.torch_home() / "hub" / "checkpoints" / LPIPS_FILE).is_file()
 
 
-@functools.lru_cache(maxsize=1)
-def _lpips_network() -> torch.nn.Module:
+def lpips_network() -> torch.nn.Module:
+    """LPIPS-Squeeze, frozen: ``net(a, b, normalize=True)`` of pictures "b 3 h w" in [0, 1] → distances "b 1 1 1".
+
+    Raises FileNotFoundError where the weights are not on this machine.
+    """
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
+    if not lpips_available():
+        raise FileNotFoundError(f"LPIPS {LPIPS_MISSING}; looked in {runtime.torch_home() / 'hub' / 'checkpoints'}")
     torch.hub.set_dir(str(runtime.torch_home() / "hub"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's own call inside torchmetrics is deprecated there
-        return LearnedPerceptualImagePatchSimilarity(net_type="squeeze", normalize=True).eval()
+        return LearnedPerceptualImagePatchSimilarity(net_type="squeeze", normalize=True).eval().net
+
+
+_lpips_network = functools.lru_cache(maxsize=1)(lpips_network)
 
 
 @torch.no_grad()
@@ -119,10 +128,10 @@ def lpips_squeeze(sr: Tensor, hr: Tensor) -> float | None:
     """
     if not lpips_available():
         return None
-    if min(sr.shape[-2:]) < 32:  # SqueezeNet's pooling leaves nothing of smaller pictures
+    if min(sr.shape[-2:]) < LPIPS_SIDE:
         return None
     a, b = (to_8bit(x).float()[None] / 255 for x in (sr, hr))
-    return float(_lpips_network().net(a, b, normalize=True).mean())
+    return float(_lpips_network()(a, b, normalize=True).mean())
 
 
 def compare(sr: Tensor, hr: Tensor, scale: int, lpips: bool = True) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -19,6 +19,8 @@ from .inference import upscale
 from .loop import is_main_process
 from .losses import WeightedLoss
 from .metrics import lpips_squeeze, psnr_y
+
+STAGES = (1.0, 0.5, 0.25)  # document 000: 2e-4, 1e-4, 5e-5, a third of the run each
 
 
 class Means:
@@ -40,12 +42,18 @@ class Means:
 
 
 def adam(groups: list[dict], o: DictConfig, total: int) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
-    """Adam and its schedule over ``total`` steps, from parameter groups and an ``optimizer`` section."""
+    """Adam and its schedule over ``total`` steps, from parameter groups and an ``optimizer`` section.
+
+    Schedule ``stages`` keeps ``lr`` times each number of the optional list ``stages`` for an equal share of the steps.
+    """
+    stages = OmegaConf.select(o, "stages") or STAGES
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / (o.warmup_steps + 1))
         if o.schedule == "constant":
             return rise
+        if o.schedule == "stages":
+            return rise * stages[min(len(stages) - 1, step * len(stages) // total)]
         done = min(1.0, step / total)
         return rise * (o.final_factor + (1 - o.final_factor) * 0.5 * (1 + math.cos(math.pi * done)))
 
@@ -114,11 +122,15 @@ class PixelModule(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         lr, hr = (x.float().div_(255) for x in batch)
-        sr = self.model(lr.contiguous(memory_format=self.layout))
-        total, terms = self.loss(sr.float(), hr)
+        return self.objective(lr, hr)[1]
+
+    def objective(self, lr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
+        """(sr, loss) of one step; lr and hr "b 3 h w" in [0, 1]. Needs no Trainer."""
+        sr = self.model(lr.contiguous(memory_format=self.layout)).float()
+        total, terms = self.loss(sr, hr)
         advice = f"lower optimizer.lr (now {self.cfg.optimizer.lr}) or set trainer.gradient_clip_val"
         self.note("the loss", advice, train_loss=total, **terms)
-        return total
+        return sr, total
 
     def note(self, what: str, advice: str, **values: Tensor) -> None:
         """Add scalars to the history's means; TrainingError, saying what to do, where one is not finite."""
@@ -184,3 +196,45 @@ class PixelModule(pl.LightningModule):
 
 def _mean(values: Sequence[float | None]) -> float:
     return math.nan if not values or None in values else sum(values) / len(values)
+
+
+class StepTrainer:
+    """One step at a time, for looking at a training from a notebook; the steps are those of :func:`training.fit`.
+
+    Document 000's ``SRTrainer``, without checkpoints and validation. ``model`` is trained in place, on the device it
+    is on; ``final`` is what ``fit`` would return (averaged weights). Only the seed of each step, which counts where a
+    network or loss draws at random, is left to the caller.
+    """
+
+    def __init__(self, model: nn.Module, cfg: DictConfig):
+        self.module, self.clip = PixelModule(model, cfg), cfg.trainer.gradient_clip_val
+        self.optimizer, self.schedule = self.module.upscaler_optimizer()
+        self.device = next(model.parameters()).device
+        wanted = runtime.pick_precision(self.device, cfg.trainer.precision)
+        self.precision = "fp32" if wanted == "fp16" else wanted  # fp16 would need its gradients scaled
+
+    @property
+    def final(self) -> nn.Module:
+        """The network with averaged weights, where ``optimizer.ema_decay`` asks for them."""
+        return self.module.final
+
+    def train_step(self, lr: Tensor, hr: Tensor) -> dict[str, float]:
+        """One optimizer step on a batch lr "b 3 h w", hr "b 3 h·scale w·scale", both uint8 as ``open_pairs`` gives.
+
+        Returns ``loss``, ``psnr`` (mean PSNR-Y of the batch in dB, before the step) and ``lr``, the rate of this step.
+        Raises TrainingError where the loss is not finite.
+        """
+        lr, hr = (x.to(self.device).float().div_(255) for x in (lr, hr))
+        rate = self.optimizer.param_groups[0]["lr"]
+        with runtime.autocast(self.device, self.precision):
+            sr, loss = self.module.objective(lr, hr)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.module.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        if self.module.average is not None:
+            self.module.average.update_parameters(self.module.model)
+        scores = [psnr_y(a, b, self.module.model.scale) for a, b in zip(sr, hr, strict=True)]
+        return {"loss": loss.item(), "psnr": _mean(scores), "lr": rate}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -96,12 +97,13 @@ def _module(cfg: DictConfig) -> PixelModule:
     return AdversarialModule(network, build_discriminator(cfg), cfg)
 
 
-def fit(cfg: DictConfig, data: tuple | None = None, keep: bool = True) -> FitResult:
+def fit(cfg: DictConfig, data: tuple | None = None, keep: bool = True, callbacks: Sequence[Callback] = ()) -> FitResult:
     """Train the network a configuration describes; with a section ``adversarial`` against a discriminator.
 
     ``data`` (from :func:`open_data`) may be passed to share photos between runs. With ``keep`` the run writes
     checkpoints and logs to ``runs/train/NAME`` and continues there after an interruption with the same result;
-    without it nothing is written. Raises TrainingError, DataError; KeyboardInterrupt says where it stopped.
+    without it nothing is written. ``callbacks`` are run beside ours. Raises TrainingError, DataError;
+    KeyboardInterrupt says where it stopped.
     """
     check(cfg)
     device = runtime.pick_device(cfg.trainer.device)
@@ -116,7 +118,7 @@ def fit(cfg: DictConfig, data: tuple | None = None, keep: bool = True) -> FitRes
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric).*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer = trainer_for(cfg, folder if keep else None, device, precision)
+        trainer = trainer_for(cfg, folder if keep else None, device, precision, callbacks)
         try:
             trainer.fit(module, datamodule=StepData(pairs, cfg), ckpt_path=resume, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C; a notebook's kernel must survive it

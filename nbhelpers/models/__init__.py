@@ -1,7 +1,8 @@
 """Networks by name: one file per family, plain ``nn.Module`` classes with typed keyword arguments.
 
 An upscaler takes "b 3 h w" in [0, 1] and returns the enlarged picture unclamped; it has ``scale`` (int) and
-``halo`` (radius of its receptive field in input pixels, or None where it is global).
+``halo`` (radius of its receptive field in input pixels, or None where it is global). One that is not the same at
+every pixel has ``grid``: shifting its input by so many pixels shifts the output alike, and tiles begin there.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from torch import nn
 from .discriminators import DilatedDiscriminator
 from .espcn import ESPCN, StagedESPCN
 from .external import rrdbnet
+from .plain import PlainSR
+from .rlfn import M23_RLFN
 from .rrdb import DilatedRRDBNet
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "DilatedRRDBNet": DilatedRRDBNet,
     "ESPCN": ESPCN,
+    "M23_RLFN": M23_RLFN,
+    "PlainSR": PlainSR,
     "RRDBNet": rrdbnet,
     "StagedESPCN": StagedESPCN,
 }

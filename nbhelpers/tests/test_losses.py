@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from nbhelpers import losses, training
+from nbhelpers import losses, metrics, training
 from nbhelpers.losses import PerceptualLoss, WeightedLoss, half_size, random_shift_crop
 
 from . import test_features
+from .conftest import needs_shared
 from .test_features import CAFFE_MEAN, by_torchvision, random_state
 
 home, vgg, pair = test_features.home, test_features.vgg, test_features.pair  # fixtures
@@ -221,6 +222,79 @@ def test_total_variation_looks_at_sr_only(pair):
     x = torch.tensor([[0.0, 1.0], [0.5, 0.5]])[None, None]
     assert float(losses.total_variation(x, pair[1])) == pytest.approx((0.5 + 0.5) / 2 + (1 + 0) / 2)
     assert "tv" in losses.LOSSES
+
+
+# --- frequency and LPIPS ----------------------------------------------------------------------------------
+
+
+def test_frequency_loss_is_its_formula(pair):
+    sr, hr = pair
+    a, b = (np.fft.rfft2(x.double().numpy(), norm="ortho") for x in (sr, hr))
+    amplitude = np.abs(np.abs(a) - np.abs(b)).mean()
+    phase = (np.minimum(np.abs(a), np.abs(b)) * (1 - np.cos(np.angle(a) - np.angle(b)))).mean()
+    assert float(losses.frequency(sr, hr)) == pytest.approx(amplitude + phase, rel=1e-4)
+    total, _ = WeightedLoss({"charbonnier": 1.0, "frequency": {"weight": 0.05, "phase": 0.1}})(sr, hr)
+    charbonnier = float((((sr - hr).double()) ** 2 + 1e-6).sqrt().mean())
+    assert float(total) == pytest.approx(charbonnier + 0.05 * (amplitude + 0.1 * phase), rel=1e-4)
+    assert float(losses.frequency(hr, hr)) < 1e-6
+
+
+def test_phase_has_no_jump_at_pi_and_empty_frequencies_do_not_count():
+    """Two waves a little on either side of phase π, and one of them turned by half a period."""
+    x = torch.arange(16) * (2 * torch.pi * 3 / 16)
+
+    def wave(phase: float, size: float = 0.2) -> torch.Tensor:
+        return (0.5 + size * torch.cos(x + phase)).expand(1, 3, 16, 16)
+
+    near, far = (float(losses.frequency(wave(torch.pi - 0.01), wave(p))) for p in (-torch.pi + 0.01, 0.0))
+    assert near < 1e-3 * far
+    flat = torch.full((1, 3, 16, 16), 0.5)
+    only_amplitude = float(losses.frequency(wave(0.3), flat, phase=0.0))
+    assert float(losses.frequency(wave(0.3), flat)) == pytest.approx(only_amplitude, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_frequency_gradient_is_finite_at_empty_frequencies(value):
+    """A flat picture has no other frequency than 0, a black one has none at all."""
+    hr = torch.rand(1, 3, 12, 14, generator=torch.Generator().manual_seed(0))
+    sr = torch.full_like(hr, value).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = losses.frequency(sr.bfloat16(), hr)
+    loss.backward()
+    assert loss.dtype == torch.float32 and torch.isfinite(sr.grad).all() and sr.grad.abs().max() < 1
+
+
+def test_frequency_gradient_points_downhill(pair):
+    sr, hr = pair[0].clone().requires_grad_(), pair[1]
+    before = losses.frequency(sr, hr)
+    before.backward()
+    after = losses.frequency(sr.detach() - sr.grad, hr)
+    assert float(after) < before.item()
+
+
+@needs_shared
+def test_lpips_loss_is_the_metric_with_a_gradient(pair):
+    loss = WeightedLoss({"lpips": 1.0})
+    assert not list(loss.parameters()) and not loss.state_dict()
+    sr, hr = ((x * 255).round() / 255 for x in pair)
+    sr.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = loss(sr, hr)
+    expected = sum(metrics.lpips_squeeze(a, b) for a, b in zip(sr, hr, strict=True)) / len(sr)
+    assert total.item() == pytest.approx(expected, rel=1e-4)
+    total.backward()
+    assert torch.isfinite(sr.grad).all() and sr.grad.abs().max() > 0
+    assert all(not b.requires_grad for b in loss.buffers())
+    with pytest.raises(ValueError, match="31x40 pixels are too small; it needs at least 32x32"):
+        loss(sr[..., 1:, :], hr[..., 1:, :])
+    loss.to("meta")
+    assert {b.device.type for b in loss.buffers()} == {"meta"}
+    assert metrics.lpips_squeeze(hr[0], hr[0]) == 0, "the metric has a network of its own"
+
+
+def test_lpips_without_its_weights_says_how_to_get_them(home):
+    with pytest.raises(FileNotFoundError, match=r"LPIPS not available.*nbhelpers download lpips.*torch"):
+        WeightedLoss({"lpips": 1.0})
 
 
 def test_pixel_losses_need_no_vgg(home, pair):

@@ -48,7 +48,14 @@ def test_same_seed_same_weights_other_seed_other(runs):
     assert not torch.equal(weights(one), weights(other))
 
 
-@pytest.mark.parametrize(("experiment", "extra", "steps"), [("espcn_x2", [], 150), ("espcn_gan_x4", GAME, 60)])
+STAGED = ["optimizer.schedule=stages", "+optimizer.stages=[1.0, 0.5, 0.25]"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "extra", "steps"),
+    [("espcn_x2", [], 150), ("espcn_x2", STAGED, 150), ("espcn_gan_x4", GAME, 60)],
+    ids=["cosine", "stages", "adversarial"],
+)
 def test_killed_run_resumes_to_the_same_weights(tmp_path, experiment, extra, steps):
     """A real SIGKILL in a real process, in the middle of an epoch; then the same command again."""
     env = os.environ | {"NB_RUNS": str(tmp_path / "runs"), "NB_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -74,7 +81,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path, experiment, extra, ste
     assert 0 < step < steps
     subprocess.run(command("killed"), env=env, check=True, capture_output=True)
     subprocess.run(command("whole"), env=env, check=True, capture_output=True)
-    suffixes = ["", "_discriminator"] if extra else [""]
+    suffixes = ["", "_discriminator"] if extra is GAME else [""]
     for suffix in suffixes:
         resumed, whole = (load_file(tmp_path / n / f"{n}{suffix}.safetensors") for n in ("killed", "whole"))
         assert resumed.keys() == whole.keys()
@@ -133,6 +140,15 @@ def test_two_learning_rates_reach_the_last_layer():
     groups = module.configure_optimizers()["optimizer"].param_groups
     assert [g["initial_lr"] for g in groups] == pytest.approx([cfg.optimizer.lr, cfg.optimizer.lr * 0.1])
     assert sum(len(g["params"]) for g in groups) == len(list(module.model.parameters()))
+
+
+def test_stages_are_equal_shares_of_the_run():
+    """The document's three by default; a list of other fractions; warm-up on top."""
+    for given, expected in (([], [1, 1, 0.5, 0.5, 0.25, 0.25]), (["+optimizer.stages=[1,3]"], [1, 1, 1, 3, 3, 3])):
+        cfg = tiny("stages", "optimizer.schedule=stages", "optimizer.warmup_steps=0", "trainer.max_steps=30", *given)
+        _, schedule = training.PixelModule(training.models.build("ESPCN", scale=2), cfg).upscaler_optimizer()
+        assert [schedule.lr_lambdas[0](step) for step in range(2, 30, 5)] == expected
+        assert schedule.lr_lambdas[0](29) == schedule.lr_lambdas[0](30) == expected[-1]
 
 
 @pytest.mark.parametrize("every", [10, 5])  # less often than validation, and as often
@@ -216,6 +232,8 @@ def test_ctrl_c_says_where_it_stopped_and_exits_130(tmp_path):
     ("override", "quoted"),
     [
         ("optimizer.schedule=cosinus", "cosinus"),
+        ("+optimizer.stages=[1.0,-0.5]", r"optimizer.stages=\[1.0, -0.5\] must be a list of fractions"),
+        ("+optimizer.stages=0.5", "optimizer.stages=0.5 must be a list"),
         ("resume=neverr", "neverr"),
         ("data.batch=0", "data.batch=0"),
         ("trainer.max_steps=7", "7 is not a multiple of trainer.val_every=5"),
