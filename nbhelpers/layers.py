@@ -60,3 +60,22 @@ class BilinearUpsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (1, 1, 1, 1), mode="replicate")
         return F.pixel_shuffle(F.conv2d(x, self.kernel, groups=self.channels), self.scale)
+
+
+class DilatedConv2d(nn.Conv2d):
+    """``nn.Conv2d``, padded for an odd kernel so that the size stays, with bf16 gradients one can trust on a CPU.
+
+    oneDNN's bf16 weight gradient of a dilated convolution reads and writes beyond its memory (garbage, NaN or a crash)
+    unless the numbers of channels are multiples of 16: seen with torch 2.15 on AVX512 from pictures 32 wide. Such a
+    layer computes in fp32 there, whatever autocast says.
+    """
+
+    def __init__(self, before: int, after: int, kernel: int = 3, dilation: int = 1, **options: object):
+        super().__init__(before, after, kernel, padding=dilation * (kernel // 2), dilation=dilation, **options)
+        self.full = dilation > 1 and bool(before % 16 or after % 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.full and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())

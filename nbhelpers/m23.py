@@ -166,8 +166,9 @@ def m23_init_tensor(
 
     The document names the last three without formulas; they are ours. In its formula row r and row r + N are equal
     (N: see ``reading``), so a tall matrix repeats itself, and fused query, key and value would coincide. ``scaled`` and
-    ``transformer`` therefore fill a tall matrix as the transpose of a wide one; ``orthogonal`` and ``standard`` stay
-    with the document.
+    ``transformer`` therefore fill a tall matrix as the transpose of a wide one, and shuffle the spectrum also without
+    a seed (as with seed 0): its rounds of 40 repeat themselves, too. ``orthogonal`` and ``standard`` stay with the
+    document.
 
     Any device (computed on the tensor's own if that is CUDA, otherwise on the CPU) and any real floating type. A
     tensor with fewer than two dimensions (a bias, the scale of a normalisation) has no fan_in and stays as it is.
@@ -182,7 +183,9 @@ def m23_init_tensor(
     if tensor.dim() < 2:
         return tensor
     fan_out, fan_in = as_matrix(tensor)
-    flip = variant in ("scaled", "transformer") and fan_out > fan_in
+    ours = variant in ("scaled", "transformer")
+    flip = ours and fan_out > fan_in
+    seed = 0 if ours and seed is None else seed
     rows, columns = (fan_in, fan_out) if flip else (fan_out, fan_in)
     count = columns if reading == "fan_in" else 40
     values = m23_spectrum(count, seed, reading=reading, polynomials=polynomials) * math.sqrt(count / columns)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..layers import DilatedConv2d
+
 NORMS = ("batch", "none")
 DOWNSAMPLES = ("maxpool", "strided")
 
@@ -79,7 +81,6 @@ class DilatedDiscriminator(nn.Module):
 
 
 def _block(before: int, after: int, norm: str, kernel: int = 3, dilation: int = 1, stride: int = 1) -> nn.Sequential:
-    padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(before, after, kernel, stride, padding, dilation, bias=norm == "none")
+    conv = DilatedConv2d(before, after, kernel, dilation, stride=stride, bias=norm == "none")
     layers = [conv, nn.BatchNorm2d(after)] if norm == "batch" else [conv]
     return nn.Sequential(*layers, nn.LeakyReLU(0.1))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import BicubicUpsample
+from ..layers import BicubicUpsample, DilatedConv2d
 
 
 class DilatedBlock(nn.Module):
@@ -29,7 +29,7 @@ class DilatedBlock(nn.Module):
         self.res_scale, self.halo = res_scale, sum(dilations)
         layers: list[nn.Module] = []
         for d in dilations:
-            layers += [nn.Conv2d(channels, channels, 3, padding=d, dilation=d), nn.LeakyReLU(slope, inplace)]
+            layers += [DilatedConv2d(channels, channels, dilation=d), nn.LeakyReLU(slope, inplace)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,26 +11,29 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 from torch.nn.utils import get_total_norm
 
-from .. import losses, runtime
+from .. import experiments, losses, runtime
 from ..classification import ClassifierResult, ClassifierTraining, fit_classifier
 from ..datasets.classification import FOLDS, open_pictures
-from ..datasets.pairs import Pairs, open_pairs, resolve_root
-from ..degrade import crop_to_multiple, downscale
+from ..datasets.pairs import Pairs, resolve_root
+from ..degrade import downscale
 from ..experiments import TrainingError
 from ..images import find_images, load_image
 from ..layers import BicubicUpsample
 from ..metrics import psnr_y
 from ..models.plain import PlainMLP
-from ..training import FitResult, fit
+from ..training import FitResult, fit, open_data
 from . import Row, Study, run_study, score
 from .m23_signal import LAYERS, SHAPES, SIGNAL, STARTS, options
 
@@ -85,13 +88,12 @@ def best_rates(rows: Sequence[Row], key: str, largest: bool = False) -> list[Row
 # --- A 24-layer upscaler ----------------------------------------------------------------------------------
 
 TARGET = 0.97  # of bicubic's loss on the same patches, mean of WINDOW steps
-WINDOW, TENTHS, CROP = 20, 10, 128
+WINDOW, TENTHS, CROP = 20, 10, 96
 _CONTROLS = ["Re(Haar)", "0.707 orthogonal", "Gaussian with M23's row norms"]
-_USUAL = ["orthogonal", "orthogonal, shared", "delta-orthogonal", "Xavier", "He", "He, shared", "PyTorch default"]
+_USUAL = ["orthogonal", "orthogonal, shared", "delta-orthogonal", "Xavier", "He", "PyTorch default"]
 _TANH = [*PAIRS][:4] + [*PAIRS.values()][:4] + ["M23 of 40", *_CONTROLS, *_USUAL]
 _RELU = ["M23", "M23 x2", "He", "delta-orthogonal x1.41"]
-_RESIDUAL = ["M23", "M23, independent", "random spectrum", "random spectrum, independent", "He", "PyTorch default"]
-_RESIDUAL += ["Fixup"]
+_RESIDUAL = ["M23", "M23, independent", "random spectrum", "He", "PyTorch default", "Fixup"]
 _sr = functools.partial(_variants, key="optimizer.lr", prefix="model.")
 VARIANTS = (
     _sr("plain tanh", _TANH, ("1e-4", "3e-4", "1e-3"))
@@ -123,49 +125,52 @@ class Run:
 
 
 @functools.lru_cache(maxsize=2)
-def _photos(roots: tuple[str, ...], scale: int, patch: int, batch: int) -> tuple[Pairs, list]:
-    """Training pairs, and for validation the middle of each photo: (lr, hr) pictures, hr 128x128."""
-    pairs, _ = open_pairs(list(roots), scale, patch=patch, batch=batch, progress=False)
+def _photos(data: str, scale: int) -> tuple[Pairs, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Training pairs of a section ``data``; for validation the middle of each photo: (lr, hr), hr 96x96."""
+    pairs, _, _ = open_data(
+        OmegaConf.create({"data": OmegaConf.create(data), "model": {"scale": scale}, "seed": 0}), False
+    )
     pictures = []
     for path in find_images(resolve_root("bundled_val")):
         hr = load_image(path)
         y, x = ((n - CROP) // 2 for n in hr.shape[-2:])
-        hr = crop_to_multiple(hr[:, y : y + CROP, x : x + CROP], scale)
+        hr = hr[:, y : y + CROP, x : x + CROP]
         pictures.append((downscale(hr, scale), hr))
     return pairs, pictures
 
 
-def _data(cfg: DictConfig) -> tuple[Pairs, list]:
-    pairs, pictures = _photos(tuple(cfg.data.roots), cfg.model.scale, cfg.data.patch, cfg.data.batch)
+def photos(cfg: DictConfig) -> tuple[Pairs, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Training pairs in the order of the run's seed, and the validation pictures; read once for all runs."""
+    pairs, pictures = _photos(OmegaConf.to_yaml(cfg.data, resolve=True), cfg.model.scale)
+    return _ordered(pairs, cfg.seed), pictures
+
+
+def _ordered(pairs: Pairs, seed: int) -> Pairs:
     pairs = copy.copy(pairs)
-    pairs.seed = cfg.seed
-    return pairs, pictures
+    pairs.seed = seed
+    return pairs
 
 
 def train(cfg: DictConfig) -> Run:
     """One upscaler; a run that diverges is a result, too."""
     watch = Watch()
     try:
-        return Run(fit(cfg, (*_data(cfg), {}), keep=False, callbacks=[watch]), watch)
+        return Run(fit(cfg, (*photos(cfg), {}), keep=False, callbacks=[watch]), watch)
     except TrainingError:
         return Run(None, watch)
 
 
-@torch.no_grad()
-def bicubic_losses(cfg: DictConfig) -> torch.Tensor:
-    """The L1 loss of bicubic enlargement on the patches of every step."""
-    pairs, _ = _data(cfg)
-    bicubic, found = BicubicUpsample(cfg.model.scale), []
-    for step in range(cfg.trainer.max_steps):
-        lr, hr = (x.float() / 255 for x in pairs[step])
-        found.append((bicubic(lr) - hr).abs().mean())
-    return torch.stack(found)
-
-
 @functools.lru_cache(maxsize=8)
-def _bicubic(data: str, scale: int, seed: int, steps: int) -> torch.Tensor:
-    cfg = {"data": OmegaConf.create(data), "model": {"scale": scale}, "seed": seed, "trainer": {"max_steps": steps}}
-    return bicubic_losses(OmegaConf.create(cfg))
+@torch.no_grad()
+def _bicubic(data: str, scale: int, seed: int, steps: int) -> tuple[torch.Tensor, float]:
+    """What bicubic enlargement gives: the L1 loss on the patches of every step, PSNR-Y on the validation pictures."""
+    pairs, pictures = _photos(data, scale)
+    enlarge, found = BicubicUpsample(scale), []
+    for step in range(steps):
+        lr, hr = (x.float() / 255 for x in _ordered(pairs, seed)[step])
+        found.append(F.l1_loss(enlarge(lr), hr))
+    psnr = [psnr_y(enlarge(lr[None])[0], hr, scale) for lr, hr in pictures]
+    return torch.stack(found), sum(psnr) / len(psnr)
 
 
 def measure(run: Run, cfg: DictConfig) -> dict[str, list[Row]]:
@@ -173,39 +178,38 @@ def measure(run: Run, cfg: DictConfig) -> dict[str, list[Row]]:
 
     steps_to_target: steps until the mean of the last 20 is at most 0.97 (all of them where ``reached`` is 0).
     loss_1 … loss_10: means over tenths of the run; the last is the final loss. psnr_gain: dB over bicubic, Y, on the
-    middles of the validation photos. gradient_std and gradient_mean: of the gradient's norm over the steps.
+    middles of the validation photos. gradient_mean and gradient_std: of the gradient's norm over the steps.
     """
     steps = cfg.trainer.max_steps
-    data = OmegaConf.to_yaml(cfg.data, resolve=True)
-    ratio = torch.full((steps,), math.inf)
+    expected, psnr = _bicubic(OmegaConf.to_yaml(cfg.data, resolve=True), cfg.model.scale, cfg.seed, steps)
+    ratio, gain = torch.full((steps,), math.inf), -math.inf
     if run.result is not None:
-        ratio = torch.tensor(run.watch.losses) / _bicubic(data, cfg.model.scale, cfg.seed, steps)
-    hit = (ratio.unfold(0, min(WINDOW, steps), 1).mean(1) <= TARGET).nonzero()
+        ratio, gain = torch.tensor(run.watch.losses) / expected, run.result.best - psnr
+    hit = (ratio.unfold(0, WINDOW, 1).mean(1) <= TARGET).nonzero()
     norms = torch.tensor(run.watch.norms, dtype=torch.float64)
+    numbers = {"gradient_mean": norms.mean(), "gradient_std": norms.std()}
     row: Row = {
         "lr": cfg.optimizer.lr,
-        "steps_to_target": int(hit[0]) + min(WINDOW, steps) if len(hit) else steps,
+        "steps_to_target": int(hit[0]) + WINDOW if len(hit) else steps,
         "reached": int(len(hit) > 0),
-        "psnr_gain": -math.inf if run.result is None else round(run.result.best - _bicubic_psnr(cfg), 4),
-        "gradient_mean": float(f"{norms.mean():.4g}"),
-        "gradient_std": float(f"{norms.std():.4g}"),
-        "gradient_first": float(f"{norms[0]:.4g}"),
+        "psnr_gain": round(gain, 4),
+        **{key: float(f"{value:.4g}") for key, value in numbers.items()},
     }
-    parts = [float(part.mean()) for part in ratio.tensor_split(TENTHS) if len(part)]
-    row |= {f"loss_{i}": round(part, 5) for i, part in enumerate(parts, start=1)}
-    return {
-        "": [row | {"final_loss": row[f"loss_{len(parts)}"], "seconds": round(getattr(run.result, "seconds", 0), 1)}]
-    }
+    parts = [round(float(part.mean()), 5) for part in ratio.tensor_split(TENTHS)]
+    row |= {f"loss_{i}": part for i, part in enumerate(parts, start=1)} | {"final_loss": parts[-1]}
+    return {"": [row | {"seconds": round(getattr(run.result, "seconds", 0.0), 1)}]}
 
 
-def _bicubic_psnr(cfg: DictConfig) -> float:
-    _, pictures = _data(cfg)
-    bicubic = BicubicUpsample(cfg.model.scale)
-    return sum(psnr_y(bicubic(lr[None])[0], hr, cfg.model.scale) for lr, hr in pictures) / len(pictures)
+_experiment = functools.cache(functools.partial(experiments.compose, "m23_study"))
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """The experiment ``m23_study`` with ``key=value`` overrides; Hydra reads it once, not for each of 420 runs."""
+    return OmegaConf.merge(_experiment(), OmegaConf.from_dotlist(list(overrides)))
 
 
 STUDY = Study(
-    "m23_init_study", "m23_study", VARIANTS, measure, seeds=range(5), train=train,
+    "m23_init_study", None, VARIANTS, measure, seeds=range(5), compose=compose, train=train,
     quick=["trainer.max_steps=60", "trainer.val_every=60"],
 )  # fmt: skip
 
@@ -271,22 +275,15 @@ ACCURACY = Study(
 # --- Loss and schedule of the document --------------------------------------------------------------------
 
 ABLATION_REFERENCE = "frequency loss, stages"
-_NO_FREQUENCY = "~loss.frequency"
-_SCHEDULES = {"stages": [], "cosine": ["optimizer.schedule=cosine"], "constant": ["optimizer.schedule=constant"]}
-ABLATION_VARIANTS: Mapping[str, list[str]] = {
-    f"{'frequency loss' if weighted else 'no frequency loss'}, {name}": [*extra, *([] if weighted else [_NO_FREQUENCY])]
-    for weighted in (True, False)
-    for name, extra in _SCHEDULES.items()
-} | {
-    f"no frequency loss, {name}, lr / 4": [*extra, _NO_FREQUENCY, "optimizer.lr=5e-4"]
-    for name, extra in _SCHEDULES.items()
-}
+_LOSSES = {"frequency loss": [], "no frequency loss": ["~loss.frequency"]}
+_SCHEDULES = {name: [f"optimizer.schedule={name}"] for name in ("stages", "cosine", "constant")}
+ABLATION_VARIANTS = {f"{x}, {y}": [*a, *b] for x, a in _LOSSES.items() for y, b in _SCHEDULES.items()}
 
 
 @torch.no_grad()
 def measure_ablation(result: FitResult, cfg: DictConfig) -> dict[str, list[Row]]:
     """Scores on the validation photos, and both terms of the loss on the middles of them."""
-    middles = [(result.model(lr[None]), hr[None]) for lr, hr in _data(cfg)[1]]
+    middles = [(result.model(lr[None]), hr[None]) for lr, hr in photos(cfg)[1]]
     row = {"steps": cfg.trainer.max_steps, "lr": cfg.optimizer.lr} | score(result.model)
     for name in ("charbonnier", "frequency"):
         row[name] = round(sum(float(losses.LOSSES[name](sr, hr)) for sr, hr in middles) / len(middles), 6)
@@ -295,7 +292,7 @@ def measure_ablation(result: FitResult, cfg: DictConfig) -> dict[str, list[Row]]
 
 def train_ablation(cfg: DictConfig) -> FitResult:
     """One small M23-RLFN."""
-    return fit(cfg, (*_data(cfg), {}), keep=False)
+    return fit(cfg, (*photos(cfg), {}), keep=False)
 
 
 ABLATION = Study(
@@ -303,7 +300,7 @@ ABLATION = Study(
     quick=["trainer.max_steps=30", "trainer.val_every=30"],
 )  # fmt: skip
 
-STUDIES = (SIGNAL, LAYERS, STUDY, ACCURACY, ABLATION)
+STUDIES = {study.name: study for study in (STUDY, ACCURACY, ABLATION, SIGNAL, LAYERS)}  # the longest first
 # What the quick form keeps of each: enough to see every table and the comparison that matters.
 _BRIEF = ("M23", "random spectrum", "He")
 QUICK_VARIANTS = {
@@ -315,11 +312,32 @@ QUICK_VARIANTS = {
 }
 
 
-def run(fresh: bool = False, quick: bool = False) -> Path:
-    """``python -m nbhelpers study m23_init``: five tables; 35 minutes on two cores, the quick form one."""
-    runtime.set_threads()
-    for study in STUDIES:
-        if quick:
-            study = replace(study, variants={name: study.variants[name] for name in QUICK_VARIANTS[study.name]})
-        path = run_study(study, fresh, quick)
-    return path.parent / "m23_*.csv"
+def _table(name: str, fresh: bool, quick: bool) -> Path:
+    study = STUDIES[name]
+    if quick:
+        study = replace(study, variants={v: study.variants[v] for v in QUICK_VARIANTS[name]})
+    return run_study(study, fresh, quick)
+
+
+def run(
+    fresh: bool = False, quick: bool = False, tables: Sequence[str] = tuple(STUDIES), processes: int | None = None
+) -> Path:
+    """``python -m nbhelpers study m23_init``: five tables, 1,162 runs; 35 minutes on two cores.
+
+    The networks are too small to share their work between cores, so tables are made side by side in ``processes`` (by
+    default as many as there are cores), one core each. The quick form takes half a minute in this process.
+    """
+    threads = torch.get_num_threads()
+    processes = processes or (1 if quick else min(runtime.set_threads(), len(tables)))
+    make = functools.partial(_table, fresh=fresh, quick=quick)
+    runtime.set_threads(1)
+    try:
+        if processes == 1:
+            paths = [make(name) for name in tables]
+        else:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(processes, spawn, runtime.set_threads, (1,)) as pool:
+                paths = list(pool.map(make, tables))
+    finally:
+        torch.set_num_threads(threads)
+    return paths[0].parent / "m23_*.csv"

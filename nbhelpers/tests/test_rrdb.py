@@ -12,6 +12,7 @@ from torch import nn
 from nbhelpers import checkpoints, models
 from nbhelpers.checkpoints import CheckpointError
 from nbhelpers.degrade import upscale_bicubic
+from nbhelpers.layers import DilatedConv2d
 from nbhelpers.models.external import load_external
 from nbhelpers.models.rrdb import DenseBlock, DilatedBlock
 
@@ -169,3 +170,18 @@ def test_damaged_and_unknown_weight_files(tmp_path):
         load_external(tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="no network"):
         checkpoints.load(tmp_path / "missing.pth")
+
+
+def test_dilated_gradients_in_bf16():
+    """torch's own layer gives garbage here, or crashes, on CPUs with AVX512."""
+    torch.manual_seed(0)
+    conv = DilatedConv2d(24, 24, dilation=4).to(memory_format=torch.channels_last)
+    x, push = (torch.randn(2, 24, 40, 40).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    gradients = []
+    for fast in (True, False):
+        conv.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            out = conv(x)
+        out.backward(push.to(out.dtype))
+        gradients.append(conv.weight.grad.clone())
+    assert torch.allclose(*gradients, rtol=0.02, atol=0.02 * float(gradients[1].abs().max()))

@@ -74,7 +74,7 @@ def test_unknown_study_lists_the_known():
         studies.run("m24")
 
 
-@pytest.mark.parametrize("made", [espcn.STUDY, pooling.STUDY], ids=lambda s: s.name)
+@pytest.mark.parametrize("made", [espcn.STUDY, vgg.STUDY, gan.STUDY, pooling.STUDY, rrdb.STUDY], ids=lambda s: s.name)
 def test_committed_study_is_complete_and_current(made):
     """Every row was made by today's configuration: nothing would run if the study were started now."""
     rows = read(made.path())
