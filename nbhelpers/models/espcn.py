@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import BicubicUpsample
@@ -74,7 +75,7 @@ class ESPCN(nn.Module):
 
 
 class StagedESPCN(nn.Module):
-    """ESPCN that enlarges in ``stages``, with 3x3 convolutions between and after them; "b 3 h w" → "b 3 h·s w·s".
+    """ESPCN that enlarges in ``stages``, with residual 3x3 convolutions around them; "b 3 h w" → "b 3 h·s w·s".
 
     Args:
         scale: whole-number enlargement.
@@ -113,22 +114,29 @@ class StagedESPCN(nn.Module):
         reach, grown = 2.0, 1  # receptive radius in input pixels; enlargement so far
         for i, stage in enumerate(stages):
             width = between if i else body
-            layers += [_conv(channels) for _ in range(width)] + [_enlarge(channels, stage, upsampler)]
+            layers += [_Conv(channels) for _ in range(width)] + [_enlarge(channels, stage, upsampler)]
             reach += (width + (upsampler == "pixelshuffle")) / grown
             grown *= stage
             reach += (upsampler == "nearest") / grown
-        layers += [_conv(channels) for _ in range(after)] + [nn.Conv2d(channels, 3, 3, padding=1)]
+        layers += [_Conv(channels) for _ in range(after)] + [nn.Conv2d(channels, 3, 3, padding=1)]
         self.halo = math.ceil(reach + (after + 1) / grown)
         self.layers = nn.Sequential(*layers)
         self.skip = BicubicUpsample(self.scale) if skip else None
+        nn.init.zeros_(layers[-1].weight)  # the first picture is bicubic's, or black
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layers(x).float()
         return out if self.skip is None else out + self.skip(x)
 
 
-def _conv(channels: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(0.1))
+class _Conv(nn.Conv2d):
+    """x + LeakyReLU(3x3 convolution of x): a plain stack of twenty learns nothing within some hundred steps."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.leaky_relu(super().forward(x), 0.1)
 
 
 def _enlarge(channels: int, factor: int, upsampler: str) -> nn.Module:
