@@ -89,7 +89,10 @@ def test_staged_espcn_size_and_reach(stages, upsampler, after):
     model = models.build(
         "StagedESPCN", scale=math.prod(stages), stages=stages, channels=4, upsampler=upsampler, after=after
     )
-    assert model(torch.rand(1, 3, 5, 7)).shape[-2:] == (5 * model.scale, 7 * model.scale)
+    x = torch.rand(1, 3, 5, 7)
+    assert torch.allclose(model(x), model.skip(x) + model.layers[-1].bias[:, None, None])  # it starts as bicubic
+    assert model(x).shape[-2:] == (5 * model.scale, 7 * model.scale)
+    nn.init.normal_(model.layers[-1].weight)
     assert reach(model, 41) == model.halo
 
 
