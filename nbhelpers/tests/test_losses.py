@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from nbhelpers import losses, metrics, training
 from nbhelpers.losses import PerceptualLoss, WeightedLoss, half_size, random_shift_crop
+from nbhelpers.tests.test_training import BreaksAtStep3
 
 from . import test_features
 from .conftest import needs_shared
@@ -315,18 +316,9 @@ def test_a_training_with_vgg_resumes_exactly_and_keeps_no_vgg(vgg, runs):
     whole, broken = (training.compose("espcn_x2", [*overrides, f"name={name}"]) for name in ("whole", "broken"))
     pairs, *rest = training.open_data(whole, progress=False)
 
-    class Broken(torch.utils.data.Dataset):
-        def __getitem__(self, step):
-            if step == 3:
-                raise OSError("a cable was pulled")
-            return pairs[step]
-
-        def __len__(self):
-            return len(pairs)
-
     expected = training.fit(whole, (pairs, *rest))
     with pytest.raises(OSError, match="cable"):
-        training.fit(broken, (Broken(), *rest))
+        training.fit(broken, (BreaksAtStep3(pairs), *rest))
     resumed = training.fit(broken, (pairs, *rest))
     assert [r["train_loss"] for r in resumed.history] == [r["train_loss"] for r in expected.history]
     checkpoints = list(resumed.folder.glob("*.ckpt"))

@@ -13,6 +13,7 @@ from nbhelpers.inference import upscale
 from nbhelpers.layers import BilinearUpsample
 from nbhelpers.models import rlfn
 from nbhelpers.pixel import StepTrainer
+from nbhelpers.tests.test_training import BreaksAtStep3
 
 SMALL = {"n_feats": 8, "n_blocks": 2, "use_m23": False}
 TINY = [
@@ -207,17 +208,8 @@ def test_a_folder_like_div2k_and_save_dir(runs, tmp_path, monkeypatch):
     cfg = training.compose("m23_rlfn_div2k", [*layout, "save_dir=out/broken"])
     pairs, *rest = training.open_data(cfg, progress=False)
 
-    class Broken(torch.utils.data.Dataset):
-        def __getitem__(self, step):
-            if step == 3:
-                raise OSError("a cable was pulled")
-            return pairs[step]
-
-        def __len__(self):
-            return len(pairs)
-
     with pytest.raises(OSError, match="cable"):
-        training.fit(cfg, (Broken(), *rest))
+        training.fit(cfg, (BreaksAtStep3(pairs), *rest))
     resumed = training.fit(cfg, (pairs, *rest))
     one, two = (r.model.state_dict() for r in (whole, resumed))
     assert all(torch.equal(one[k], two[k]) for k in one)

@@ -26,6 +26,21 @@ GAN += ["adversarial.model.channels=4", "trainer.val_lpips=false", "trainer.samp
 GAME = [*GAN, "adversarial.model.dropout=0.2", "adversarial.start_step=7", "adversarial.d_steps=2"]
 
 
+class BreaksAtStep3(torch.utils.data.Dataset):
+    """Training pairs that cannot be read once the run has come to step 3."""
+
+    def __init__(self, pairs: torch.utils.data.Dataset):
+        self.pairs = pairs
+
+    def __getitem__(self, step: int):
+        if step == 3:
+            raise OSError("a cable was pulled")
+        return self.pairs[step]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
 def tiny(name: str, *overrides: str):
     return training.compose("espcn_x2", [*TINY, f"name={name}", *overrides])
 
