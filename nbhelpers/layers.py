@@ -30,6 +30,8 @@ class BicubicUpsample(nn.Module):
     "b c h w" in [0, 1] → "b c h·scale w·scale"; equals :func:`nbhelpers.degrade.upscale_bicubic` (Keys a = -0.5,
     replicated border). Being a convolution, it gives a tile the very values it gives the whole picture,
     which an interpolation with floating-point coordinates does not. Always computed in fp32.
+
+    ``details`` "b c·scale² h w" are a network's sub-pixels: one shuffle serves both, to the same digits as two.
     """
 
     halo = 2
@@ -39,10 +41,11 @@ class BicubicUpsample(nn.Module):
         self.scale, self.channels = scale, channels
         self.register_buffer("kernel", _upsampling_kernel(scale, channels, _keys_cubic, 2), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, details: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = F.pad(x.float(), (2, 2, 2, 2), mode="replicate")
-            return F.pixel_shuffle(F.conv2d(x, self.kernel, groups=self.channels), self.scale)
+            x = F.conv2d(x, self.kernel, groups=self.channels)
+            return F.pixel_shuffle(x if details is None else x + details, self.scale)
 
 
 class BilinearUpsample(nn.Module):

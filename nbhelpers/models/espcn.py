@@ -68,10 +68,11 @@ class ESPCN(nn.Module):
         self.squash = nn.Tanh() if output_activation == "tanh" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.shuffle(self.to_subpixels(self.features(x))).float()
-        if self.squash is not None:
-            out = (self.squash(out) + 1) / 2
-        return out if self.skip is None else out + self.skip(x)
+        details = self.to_subpixels(self.features(x))
+        if self.skip is not None:
+            return self.skip(x, details)
+        out = self.shuffle(details).float()
+        return out if self.squash is None else (self.squash(out) + 1) / 2
 
 
 class StagedESPCN(nn.Module):

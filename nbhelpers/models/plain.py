@@ -75,14 +75,13 @@ class PlainSR(nn.Module):
         self.body = plain_body(partial(conv, channels, channels), depth - 2, activation, residual)
         self.head = nn.Sequential(conv(3, channels), ACTIVATIONS[activation]())
         self.tail = conv(channels, 3 * scale**2)
-        self.shuffle = nn.PixelShuffle(scale)
         self.skip = BicubicUpsample(scale)
         initialise(self, init, None, shared, gain)
         nn.init.zeros_(self.tail.weight)
         nn.init.zeros_(self.tail.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shuffle(self.tail(self.body(self.head(x)))).float() + self.skip(x)
+        return self.skip(x, self.tail(self.body(self.head(x))))
 
 
 class PlainMLP(nn.Module):

@@ -107,7 +107,6 @@ class M23_RLFN(nn.Module):
         self.body = nn.Sequential(*(RLFB(n_feats) for _ in range(n_blocks)))
         self.body_conv = nn.Conv2d(n_feats, n_feats, 3, padding=1)
         self.to_subpixels = nn.Conv2d(n_feats, 3 * scale**2, 3, padding=1)
-        self.shuffle = nn.PixelShuffle(scale)
         self.skip = BicubicUpsample(scale)
         # Three 3x3 convolutions outside the blocks. A block moves the edge of what is seen to a cell's border, 34
         # pixels away at most, and each further block by five cells.
@@ -118,4 +117,4 @@ class M23_RLFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = self.head(x)
         features = features + self.body_conv(self.body(features))
-        return self.shuffle(self.to_subpixels(features)).float() + self.skip(x)
+        return self.skip(x, self.to_subpixels(features))
