@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from .discriminators import DilatedDiscriminator
+from .efficient_srnet import EfficientSRNet, LeanSRNet
 from .espcn import ESPCN, StagedESPCN
 from .external import rrdbnet
 from .plain import PlainSR
@@ -22,6 +23,8 @@ from .rrdb import DilatedRRDBNet
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "DilatedRRDBNet": DilatedRRDBNet,
     "ESPCN": ESPCN,
+    "EfficientSRNet": EfficientSRNet,
+    "LeanSRNet": LeanSRNet,
     "M23_RLFN": M23_RLFN,
     "PlainSR": PlainSR,
     "RRDBNet": rrdbnet,
