@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..layers import BicubicUpsample, BilinearUpsample
 
@@ -74,6 +75,31 @@ class LocalECA(ECALite):
 
 
 ATTENTION: dict[str, type[ECALite] | None] = {"eca_lite": ECALite, "eca": ECA, "local": LocalECA, "none": None}
+
+
+class Branches(nn.Module):
+    """Parametrisation of a convolution's weight as a sum of kernels of its own side, of 3 and of 1 (RepVGG's idea).
+
+    Summing the kernels gives what summing the branches' outputs would, at the cost of one convolution, and merging is
+    forgetting how the weight was made: ``torch.nn.utils.parametrize.remove_parametrizations``.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        *channels, side, _ = weight.shape
+        self.smaller = nn.ParameterList(nn.Parameter(torch.zeros(*channels, n, n)) for n in (1, 3) if n < side)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        side = weight.shape[-1]
+        return weight + sum(F.pad(kernel, ((side - kernel.shape[-1]) // 2,) * 4) for kernel in self.smaller)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Make plain weights of all :class:`Branches` of a model, in place; the model computes what it did before."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    return model
 
 
 class ERBlock(nn.Module):
@@ -166,11 +192,20 @@ class LeanSRNet(nn.Module):
         kernel: side of the blocks' depthwise convolutions, odd.
         scale: whole-number enlargement, at least 1.
         attention: as for :class:`EfficientSRNet`.
+        branches: train each depthwise kernel as a sum of kernels (:class:`Branches`); :func:`merge` ends that.
 
     Raises ValueError for what these cannot be.
     """
 
-    def __init__(self, channels: int = 48, blocks: int = 5, scale: int = 4, kernel: int = 5, attention: str = "none"):
+    def __init__(
+        self,
+        channels: int = 48,
+        blocks: int = 5,
+        scale: int = 4,
+        kernel: int = 5,
+        attention: str = "none",
+        branches: bool = False,
+    ):
         super().__init__()
         _check_size(channels, blocks, scale, tuple(range(1, 9)))
         self.scale = scale
@@ -183,6 +218,8 @@ class LeanSRNet(nn.Module):
         self.skip = BicubicUpsample(scale)
         self.halo = _reach(self.body, 2)
         self.grid = CELL if attention == "local" else 1
+        for block in self.body if branches else ():
+            parametrize.register_parametrization(block.depthwise, "weight", Branches(block.depthwise.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.head(x)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nbhelpers import models
 from nbhelpers.degrade import upscale_bicubic
 from nbhelpers.inference import upscale
-from nbhelpers.models.efficient_srnet import ATTENTION, CELL, ECA, ECALite, ERBlock, LocalECA
+from nbhelpers.models.efficient_srnet import ATTENTION, CELL, ECA, ECALite, ERBlock, LocalECA, merge
 from nbhelpers.profiling import flops
 
 KINDS = sorted(ATTENTION)
@@ -98,6 +98,24 @@ def test_lean_network_with_nothing_to_add_is_bicubic():
     torch.nn.init.zeros_(net.to_subpixels[1].weight)
     torch.nn.init.zeros_(net.to_subpixels[1].bias)
     assert torch.allclose(net(x), upscale_bicubic(x, 3), atol=1e-5)
+
+
+def test_merged_branches_compute_the_same_with_the_plain_networks_tensors():
+    torch.manual_seed(0)
+    net, x = models.build("LeanSRNet", channels=8, blocks=2, branches=True), torch.rand(1, 3, 12, 9)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)  # also the smaller kernels, which begin at zero
+    before = net(x)
+    parts = net.body[0].depthwise.parametrizations.weight
+    assert [tuple(k.shape[-2:]) for k in parts[0].smaller] == [(1, 1), (3, 3)]
+    assert torch.allclose(merge(net)(x), before, atol=1e-5)
+    assert net.state_dict().keys() == models.build("LeanSRNet", channels=8, blocks=2).state_dict().keys()
+
+
+def test_branches_all_learn():
+    net = models.build("LeanSRNet", channels=8, blocks=1, branches=True)
+    net(torch.rand(1, 3, 12, 9)).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in net.body[0].depthwise.parameters())
 
 
 @pytest.mark.parametrize("arch", ["EfficientSRNet", "LeanSRNet"])

@@ -1,0 +1,54 @@
+"""What do attention, wide blocks and the upsampler buy? The comparisons of notebook 06 (document 003; claim E5)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from .. import models, profiling, runtime
+from . import Row, Study, run_study, score
+
+REFERENCE = "ECA-Lite"
+LEAN = "experiment=lean_study"
+SIDE = 64  # of the input whose multiply-adds are counted
+
+VARIANTS: dict[str, list[str]] = {
+    REFERENCE: [],
+    "ECA": ["model.attention=eca"],
+    "local attention": ["model.attention=local"],
+    "no attention": ["model.attention=none"],
+    "as drawn, no bicubic": ["model.skip=false"],
+    "lean": [LEAN],
+    "lean, 3x3 kernels": [LEAN, "model.kernel=3"],
+    "lean, 7x7 kernels": [LEAN, "model.kernel=7"],
+    "lean, local attention": [LEAN, "model.attention=local"],
+    "lean, ECA-Lite": [LEAN, "model.attention=eca_lite"],
+    "lean, training branches": [LEAN, "model.branches=true"],
+    "lean, 32 channels": [LEAN, "model.channels=32"],
+    "lean, 64 channels": [LEAN, "model.channels=64"],
+    "lean, 10 blocks": [LEAN, "model.blocks=10"],
+    "ESPCN, 64 channels": [
+        LEAN,
+        "arch=ESPCN",
+        "model.channels=64",
+        *(f"~model.{k}" for k in ("blocks", "kernel", "attention", "branches")),
+    ],
+}
+
+
+def measure(result, cfg: DictConfig) -> dict[str, list[Row]]:
+    """Scores on the validation photos, parameters, and mega-multiply-adds for a 64x64 input."""
+    model = result.model
+    macs = profiling.flops(model, (1, 3, SIDE, SIDE)) / 2e6
+    row: Row = {"parameters": models.count_parameters(model), "mmacs": round(macs, 1), "steps": cfg.trainer.max_steps}
+    return {"": [row | score(model) | {"seconds": round(result.seconds, 1)}]}
+
+
+STUDY = Study("erblock_study", "erblock_study", VARIANTS, measure)
+
+
+def run(fresh: bool = False, quick: bool = False) -> Path:
+    """``python -m nbhelpers study erblock``: every variant x 3 seeds."""
+    runtime.set_threads()
+    return run_study(STUDY, fresh, quick)
