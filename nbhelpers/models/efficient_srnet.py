@@ -200,7 +200,7 @@ class LeanSRNet(nn.Module):
     def __init__(
         self,
         channels: int = 48,
-        blocks: int = 5,
+        blocks: int = 16,
         scale: int = 4,
         kernel: int = 5,
         attention: str = "none",

@@ -64,7 +64,7 @@ def test_local_attention_is_the_mean_of_cells_enlarged(h, w):
         ("EfficientSRNet", {"attention": "none"}, 104_451 - 8 * (32 * 32 + 32)),
         ("EfficientSRNet", {"attention": "eca"}, 104_451 - 8 * (32 * 32 + 32) + 8 * 3),
         ("EfficientSRNet", {"attention": "local"}, 104_451),
-        ("LeanSRNet", {}, 1_344 + 5 * 3_600 + 480 + 2_352),
+        ("LeanSRNet", {}, 1_344 + 16 * 3_600 + 480 + 2_352),
     ],
 )
 def test_parameter_counts(arch, arguments, expected):
