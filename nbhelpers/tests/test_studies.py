@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from nbhelpers import models, runtime, studies
 from nbhelpers.experiments import check
 from nbhelpers.inference import evaluate
-from nbhelpers.studies import Study, espcn, gan, pooling, read, rrdb, run_study, set5, summary, vgg, write
+from nbhelpers.studies import Study, espcn, gan, m23_init, pooling, read, rrdb, run_study, set5, summary, vgg, write
 
 SMALL = ["data.limit=2", "data.val_limit=1", "data.patch=12", "data.batch=2"]
 SMALL += ["trainer.max_steps=2", "trainer.val_every=2"]
@@ -74,7 +74,10 @@ def test_unknown_study_lists_the_known():
         studies.run("m24")
 
 
-@pytest.mark.parametrize("made", [espcn.STUDY, vgg.STUDY, gan.STUDY, pooling.STUDY, rrdb.STUDY], ids=lambda s: s.name)
+COMMITTED = [espcn.STUDY, vgg.STUDY, gan.STUDY, pooling.STUDY, rrdb.STUDY, *m23_init.STUDIES.values()]
+
+
+@pytest.mark.parametrize("made", COMMITTED, ids=lambda s: s.name)
 def test_committed_study_is_complete_and_current(made):
     """Every row was made by today's configuration: nothing would run if the study were started now."""
     rows = read(made.path())
