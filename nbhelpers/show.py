@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
 
@@ -151,7 +154,7 @@ def interval_panels(
         if reference:
             axis.axvline(values[reference][0], color=COLOURS[1], linewidth=1, linestyle="--")
         axis.set_xlabel(xlabel)
-        axis.locator_params(axis="x", nbins=9 if n == 1 else 5)
+        axis.locator_params(axis="x", nbins=9 if n == 1 else 4)
         axis.grid(axis="x", alpha=0.3)
     first = axes.flat[0]
     first.set_yticks(range(rows), list(next(iter(panels.values()))))
@@ -201,6 +204,97 @@ def scatter(
     if title:
         axis.set_title(title, fontsize=11)
     return fig
+
+
+def module_bars(
+    networks: Mapping[str, Sequence[Mapping[str, object]]],
+    shares: Mapping[str, str] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Where a network's arithmetic sits and where its time: bars for each part, one panel per network.
+
+    ``networks`` = {name: rows of :func:`nbhelpers.profiling.module_rows`}; ``shares`` = {key of a row: legend}, by
+    default those of FLOPs, bytes and milliseconds. The row "total" is left out.
+    """
+    shares = shares or {"flops_share": "FLOPs", "bytes_share": "bytes moved", "ms_share": "milliseconds"}
+    panels = {name: [row for row in rows if row["part"] != "total"] for name, rows in networks.items()}
+    most, n, thick = max(map(len, panels.values())), len(panels), 0.8 / len(shares)
+    fig, axes = _figure(ncols=n, squeeze=False, figsize=(0.6 + 4.2 * n, 1.3 + 0.22 * most * len(shares)))
+    for axis, (name, rows) in zip(axes.flat, panels.items(), strict=True):
+        for i, (key, label) in enumerate(shares.items()):
+            values = [100 * row[key] for row in rows]
+            places = [k + (i - (len(shares) - 1) / 2) * thick for k in range(len(rows))]
+            bars = axis.barh(places, values, thick, color=COLOURS[i], label=label)
+            axis.bar_label(
+                bars, [f"{v:.0f} %" if v >= 1 else "< 1 %" if v else "0" for v in values], padding=2, fontsize=7
+            )
+        axis.set_yticks(range(len(rows)), [row["part"] for row in rows])
+        axis.set_ylim(most - 0.5, -0.5)  # the first part on top, bars of all panels equally thick
+        axis.set_xlim(0, 115)
+        axis.set_xticks(range(0, 101, 25))
+        axis.set_xlabel("share of the network (%)")
+        axis.set_title(name, fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shares), fontsize=8)
+    if title:
+        fig.suptitle(title, fontsize=12)
+    return fig
+
+
+def roofline(points: Mapping[str, tuple[float, float]], peaks: Mapping[str, float], title: str | None = None) -> Figure:
+    """What a machine could do and what it does: {name: (FLOPs per byte, GFLOP/s reached)} below its roofs.
+
+    ``peaks`` come from :func:`nbhelpers.profiling.machine_peaks`: GFLOP/s by precision, and "bandwidth" in GB/s, the
+    slanted roof. Points without arithmetic are left out. After Williams et al. 2009.
+    """
+    points = {name: (x, y) for name, (x, y) in points.items() if x > 0 and y > 0}
+    bandwidth, tops = peaks["bandwidth"], {name: top for name, top in peaks.items() if name != "bandwidth"}
+    xs, ys = ([place[i] for place in points.values()] or [1.0] for i in range(2))
+    left, right = min(xs) / 3, 6 * max(*xs, *(top / bandwidth for top in tops.values()))
+    bottom, above = min(*ys, left * bandwidth) / 2, 3 * max(*ys, *tops.values())
+    fig, axis = _figure(figsize=(7.6, 4.4))
+    grey = {"fontsize": 8, "color": "0.35"}
+    for name, top in tops.items():
+        axis.plot([left, top / bandwidth, right], [left * bandwidth, top, top], color="0.35", linewidth=1.3, zorder=1)
+        axis.annotate(
+            f"{name}: {top:,.0f} GFLOP/s", (right, top), (-4, 4), textcoords="offset points", ha="right", **grey
+        )
+    along = {"rotation": math.degrees(math.atan(bandwidth)), "transform_rotates_text": True, "rotation_mode": "anchor"}
+    axis.text(left * 1.15, left * 1.4 * bandwidth, f"memory: {bandwidth:,.1f} GB/s", **along, **grey)
+    axis.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, above))
+    axis.set(xlabel="arithmetic intensity (FLOP per byte moved)", ylabel="GFLOP/s")
+    axis.grid(alpha=0.3)
+    for i, (x, y) in enumerate(points.values()):
+        axis.plot(x, y, color=COLOURS[i % 8], marker=MARKERS[(i + i // 8) % 8], markersize=7, linestyle="none")
+    if title:
+        axis.set_title(title, fontsize=11)
+    _label_points(fig, axis, points)
+    return fig
+
+
+def _label_points(fig: Figure, axis: object, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each point's name as near as it covers neither another name nor a point; a thin line leads to the point."""
+    fig.draw_without_rendering()  # the layout decides where the points lie
+    point = fig.dpi / 72  # in pixels
+    marks = [axis.transData.transform(place) for place in points.values()]
+    taken = [Bbox.from_bounds(x - 5 * point, y - 5 * point, 10 * point, 10 * point) for x, y in marks]
+    taken += [text.get_window_extent() for text in axis.texts]
+    angles = [math.radians(turn) for turn in (0, 25, -25, 50, -50, 180, 155, 205, 130, 230, 90, 270)]
+    for name, place in points.items():
+        text = axis.annotate(name, place, (0, 0), textcoords="offset points", va="center", fontsize=8)
+        box = text.get_window_extent()
+        for far, angle in itertools.product(range(9, 150, 8), angles):
+            dx, dy = far * math.cos(angle), far * math.sin(angle)
+            moved = box.translated(point * dx - (box.width if dx < 0 else 0), point * dy)
+            inside = axis.bbox.x0 < moved.x0 and moved.x1 < axis.bbox.x1 and axis.bbox.y0 < moved.y0 < axis.bbox.y1
+            if inside and not moved.count_overlaps(taken):
+                break
+        taken.append(moved)
+        text.remove()
+        line = {"arrowstyle": "-", "linewidth": 0.5, "color": "0.5"} if far > 9 else None
+        side = {"ha": "right" if dx < 0 else "left", "va": "center", "fontsize": 8}
+        axis.annotate(name, place, (dx, dy), textcoords="offset points", arrowprops=line, **side)
 
 
 def difference(a: Tensor, b: Tensor, gain: float = 4.0) -> Tensor:
