@@ -82,3 +82,54 @@ class DilatedConv2d(nn.Conv2d):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float())
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise ``nn.Conv2d`` with an odd kernel, padded so that the size stays, whose training is fast on a CPU.
+
+    oneDNN has no fast weight gradient for depthwise kernels above 3x3 (16.5 ms instead of 0.2 ms for 16 pictures of
+    48 channels, 32x32 in bf16). Here a larger kernel's gradient is put together from those of 3x3 windows.
+    Raises ValueError for an even kernel.
+    """
+
+    def __init__(self, channels: int, kernel: int = 3, **options: object):
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel {kernel} must be odd and at least 1")
+        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        by_windows = self.training and torch.is_grad_enabled() and x.device.type == "cpu" and self.kernel_size[0] > 3
+        if not by_windows:
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        out = _ByWindows.apply(x.to(dtype), self.weight.to(dtype))
+        return out if self.bias is None else out + self.bias.to(dtype)[:, None, None]
+
+
+class _ByWindows(torch.autograd.Function):
+    """Depthwise convolution "b c h w" with a kernel "c 1 k k", k odd and above 3, padded by k // 2."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        channels, side = weight.shape[0], weight.shape[-1]
+        pad, (h, w) = side // 2, x.shape[-2:]
+
+        def convolution_backward(x: Tensor, weight: Tensor, pad: int, *wanted: bool) -> tuple[Tensor, ...]:
+            shape = [[1, 1], [pad, pad], [1, 1], False, [0, 0], channels, [*wanted, False]]
+            return torch.ops.aten.convolution_backward(gradient, x, weight, None, *shape)
+
+        of_x = convolution_backward(x, weight, pad, True, False)[0] if ctx.needs_input_grad[0] else None
+        padded, of_weight = F.pad(x, (pad,) * 4), torch.empty_like(weight)
+        window = weight[..., :3, :3].contiguous()
+        starts = sorted({*range(0, side - 3, 3), side - 3})  # the last window may overlap; both give the same values
+        for i in starts:
+            for j in starts:
+                seen = padded[..., i : i + h + 2, j : j + w + 2]
+                of_weight[..., i : i + 3, j : j + 3] = convolution_backward(seen, window, 0, False, True)[1]
+        return of_x, of_weight

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..layers import BicubicUpsample, BilinearUpsample
+from ..layers import BicubicUpsample, BilinearUpsample, DepthwiseConv2d
 
 SCALES = (2, 4)
 CELL = 8  # pixels of one side of a cell over which local attention takes its means
@@ -113,9 +113,7 @@ class ERBlock(nn.Module):
         super().__init__()
         if attention not in ATTENTION:
             raise ValueError(f"attention {attention!r} is unknown; choose one of {list(ATTENTION)}")
-        if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"kernel {kernel} must be odd and at least 1")
-        self.depthwise = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.depthwise = DepthwiseConv2d(channels, kernel)
         self.act = nn.ReLU()
         self.pointwise = nn.Conv2d(channels, channels, 1)
         kind = ATTENTION[attention]
@@ -212,7 +210,7 @@ class LeanSRNet(nn.Module):
         self.head = nn.Conv2d(3, channels, 3, padding=1)
         self.body = nn.Sequential(*(ERBlock(channels, attention, kernel) for _ in range(blocks)))
         self.to_subpixels = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+            DepthwiseConv2d(channels),
             nn.Conv2d(channels, 3 * scale**2, 1),
         )
         self.skip = BicubicUpsample(scale)
