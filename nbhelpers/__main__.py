@@ -118,9 +118,9 @@ def _study(args: argparse.Namespace) -> int:
 
 
 def _benchmark(args: argparse.Namespace) -> int:
-    from . import profiling
+    from . import benchmark
 
-    return profiling.main(args)
+    return benchmark.main(args)
 
 
 def _download(args: argparse.Namespace) -> int:
@@ -145,13 +145,31 @@ def _export(args: argparse.Namespace) -> int:
     return deploy.run(args)
 
 
+def _quantize(args: argparse.Namespace) -> int:
+    from . import quantization
+
+    return quantization.run(args)
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from . import pruning
+
+    return pruning.run(args)
+
+
 def _tiles(args: argparse.Namespace) -> int:
     from .datasets import tiles
 
     return tiles.run(args)
 
 
-MODEL = "name from `list`, a weight file (.safetensors; .onnx; .pth of ESRGAN, SwinIR …), or bicubic"
+def _damage(args: argparse.Namespace) -> int:
+    from . import degradation
+
+    return degradation.run(args)
+
+
+MODEL = "name from `list`, a file (.safetensors; .onnx, .pt2; .pth of ESRGAN, SwinIR …), or bicubic"
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -194,15 +212,18 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.set_defaults(run=_train)
 
     p = commands.add_parser("study", help="run a notebook's controlled comparison; results go to data/results")
-    p.add_argument("name", help="set5 (README's table), or espcn, vgg, pooling, gan, rrdb, m23_init, erblock (the notebooks')")
+    p.add_argument(
+        "name", help="set5 (README's table), or espcn, vgg, pooling, gan, rrdb, m23_init, erblock (the notebooks')"
+    )
     p.add_argument("--fresh", action="store_true", help="drop finished runs and start again (default: resume)")
     p.add_argument("--quick", action="store_true", help="a few steps per run, written to runs/, to see that it works")
     p.set_defaults(run=_study)
 
-    p = commands.add_parser("benchmark", help="speed on this machine: training step and inference, as ratios")
-    p.add_argument("--model", default="espcn_x4", help="network for the inference rows (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=12, help="timed steps per row (default: %(default)s)")
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p = commands.add_parser("benchmark", help="networks side by side: parameters, FLOPs, speed and memory, by part")
+    if command in (None, "benchmark"):
+        from .benchmark import add_arguments
+
+        add_arguments(p)
     p.set_defaults(run=_benchmark)
 
     p = commands.add_parser("download", help="fetch a data set or weights, hash-checked")
@@ -210,10 +231,26 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("--target", type=Path, help="folder (default: runs/downloads/NAME; lpips, vgg16: the torch cache)")
     p.set_defaults(run=_download)
 
-    p = commands.add_parser("export", help="write a network as ONNX, checked against PyTorch")
-    p.add_argument("model", metavar="MODEL", help="name from `list`, or a weight file (.safetensors, .pth)")
-    p.add_argument("-o", "--output", required=True, type=Path, metavar="FILE.onnx", help="file to write")
+    p = commands.add_parser("export", help="write a network as ONNX or torch.export program, checked against PyTorch")
+    if command in (None, "export"):
+        from .deploy import add_arguments
+
+        add_arguments(p)
     p.set_defaults(run=_export)
+
+    p = commands.add_parser("quantize", help="write a network as ONNX file with 8-bit weights")
+    if command in (None, "quantize"):
+        from .quantization import add_arguments
+
+        add_arguments(p)
+    p.set_defaults(run=_quantize)
+
+    p = commands.add_parser("prune", help="make a narrower network of a trained one, and train it on")
+    if command in (None, "prune"):
+        from .pruning import add_arguments
+
+        add_arguments(p)
+    p.set_defaults(run=_prune)
 
     p = commands.add_parser("tiles", help="cut folders of photos into lossless training tiles")
     if command in (None, "tiles"):
@@ -221,6 +258,18 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
         add_arguments(p)
     p.set_defaults(run=_tiles)
+
+    p = commands.add_parser(
+        "damage", help="small, damaged pictures of photos (blur, resize, noise, JPEG), as test sets"
+    )
+    p.add_argument("inputs", nargs="+", metavar="IN", help="files or folders (folders recursively)")
+    p.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="folder, or a .png file for a single input file"
+    )
+    p.add_argument("--scale", type=int, default=4, help="how much smaller (default: %(default)s)")
+    p.add_argument("--preset", default="real_esrgan", help="real_esrgan, light, or a .yaml file (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="another seed, other damage (default: 0, training's validation)")
+    p.set_defaults(run=_damage)
     return parser
 
 

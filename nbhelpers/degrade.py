@@ -19,10 +19,14 @@ def _batched(x: Tensor) -> tuple[Tensor, bool]:
     return (x[None], True) if x.dim() == 3 else (x, False)
 
 
-def crop_to_multiple(x: Tensor, n: int) -> Tensor:
-    """Crop (…, h, w) at the bottom and right so that both sides are multiples of ``n``."""
-    h, w = x.shape[-2] // n * n, x.shape[-1] // n * n
-    if h == 0 or w == 0:
+def crop_to_multiple(x: Tensor, n: float) -> Tensor:
+    """Crop (…, h, w) at the bottom and right so that both sides are multiples of ``n``.
+
+    For a fractional scale n: the largest round(k·n) that fit, with a whole k, the small picture's side.
+    """
+    small = [int(side / n + 1e-9) for side in x.shape[-2:]]
+    h, w = (min(side, round(k * n)) for side, k in zip(x.shape[-2:], small, strict=True))
+    if 0 in small:
         raise ValueError(f"picture of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than the scale {n}")
     return x[..., :h, :w]
 
@@ -58,7 +62,8 @@ def upscale_bicubic(x: Tensor, scale: float) -> Tensor:
 def _interpolate(mode: str, antialias: bool) -> Callable[[Tensor, tuple[int, int]], Tensor]:
     def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
         x, single = _batched(x)
-        out = F.interpolate(x, size=size, mode=mode, align_corners=False, antialias=antialias)
+        corners = None if mode == "area" else False  # interpolate takes no such option there
+        out = F.interpolate(x, size=size, mode=mode, align_corners=corners, antialias=antialias)
         return out[0] if single else out
 
     return resize
@@ -101,18 +106,26 @@ DOWNSCALERS: dict[str, Callable[[Tensor, tuple[int, int]], Tensor]] = {
 }
 
 
-def downscale(x: Tensor, scale: int, method: str = "matlab") -> Tensor:
-    """Shrink (…, h, w) in [0, 1] by a whole number and round to 8-bit levels, as a stored picture would be.
+# What damage may resize by, up or down: also what an ordinary program does, without a care for aliasing.
+RESIZERS = DOWNSCALERS | {
+    "bilinear_no_antialias": _interpolate("bilinear", False),
+    "area": _interpolate("area", False),
+}
+
+
+def downscale(x: Tensor, scale: float, method: str = "matlab") -> Tensor:
+    """Shrink (…, h, w) in [0, 1] and round to 8-bit levels, as a stored picture would be.
 
     Methods: see ``DOWNSCALERS``; ``matlab`` is the protocol, ``bilinear_antialias`` is the one document 002 uses
-    inside training. Raises ValueError for an unknown method or a size that ``scale`` does not divide.
+    inside training. Raises ValueError for an unknown method or a size that is none of ``crop_to_multiple``'s.
     """
     if method not in DOWNSCALERS:
         raise ValueError(f"downscaler {method!r} is unknown; choose one of {list(DOWNSCALERS)}")
     h, w = x.shape[-2:]
-    if h % scale or w % scale:
+    size = (round(h / scale), round(w / scale))
+    if (round(size[0] * scale), round(size[1] * scale)) != (h, w) or 0 in size:
         raise ValueError(f"picture of {h}x{w} pixels does not divide by scale {scale}; use crop_to_multiple first")
-    small = DOWNSCALERS[method](x, (h // scale, w // scale))
+    small = DOWNSCALERS[method](x, size)
     return small.clamp(0, 1).mul(255).round().div(255)
 
 
@@ -148,7 +161,22 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     return x[0] if single else x
 
 
-def add_noise(x: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
-    """Add white Gaussian noise with standard deviation ``sigma`` in grey levels of 255; clamped to [0, 1]."""
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+def add_noise(x: Tensor, sigma: float, generator: torch.Generator | None = None, grey: bool = False) -> Tensor:
+    """Add white Gaussian noise with standard deviation ``sigma`` in grey levels of 255; clamped to [0, 1].
+
+    With ``grey`` the channels of (…, c, h, w) get the same noise.
+    """
+    shape = (*x.shape[:-3], 1, *x.shape[-2:]) if grey else x.shape
+    noise = torch.randn(shape, generator=generator, dtype=x.dtype).to(x.device)
     return (x + noise * (sigma / 255)).clamp(0, 1)
+
+
+def add_shot_noise(x: Tensor, strength: float, generator: torch.Generator | None = None, grey: bool = False) -> Tensor:
+    """Add ``strength`` times the Poisson noise of counting 255·x photons in each value; clamped to [0, 1].
+
+    At strength 1 white has a deviation of 16 grey levels, black none. With ``grey`` the channels of (…, c, h, w) get
+    the same noise, that of their mean.
+    """
+    light = (x.mean(-3, keepdim=True) if grey else x).clamp(0, 1).mul(255)
+    noise = torch.poisson(light.cpu(), generator=generator).to(x.device) - light
+    return (x + noise * (strength / 255)).clamp(0, 1)

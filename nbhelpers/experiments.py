@@ -9,17 +9,20 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from . import runtime
+from .degradation import Degradation, DegradationError
 from .losses import ADVERSARIAL_LOSSES
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 SCHEDULES = ("cosine", "constant", "stages")
-# The section `adversarial` is absent from pixel training; its keys are checked where it is there.
+# Sections that most experiments do not have; their keys are checked where they are there.
+OPTIONAL = ("adversarial", "scales")
 CHOICES = {
     "resume": ("auto", "never"),
     "keep": ("best", "last"),
     "optimizer.schedule": SCHEDULES,
     "adversarial.optimizer.schedule": SCHEDULES,
     "adversarial.loss": ADVERSARIAL_LOSSES,
+    "scales.region": ("points", "square"),
 }
 AT_LEAST = {
     "data.batch": 1,
@@ -30,6 +33,7 @@ AT_LEAST = {
     "trainer.sample_every": 0,
     "adversarial.d_steps": 1,
     "adversarial.start_step": 0,
+    "scales.samples": 0,
 }
 
 
@@ -77,11 +81,11 @@ def compose(experiment: str | None = None, overrides: Sequence[str] = ()) -> Dic
 
 def check(cfg: DictConfig) -> None:
     """Raise TrainingError, quoting key and value, for settings that could only fail later."""
-    adversarial = OmegaConf.select(cfg, "adversarial") is not None
+    absent = [section for section in OPTIONAL if OmegaConf.select(cfg, section) is None]
 
     def values(rules: dict) -> Iterator[tuple[str, object, object]]:
         for key, rule in rules.items():
-            if adversarial or not key.startswith("adversarial."):
+            if key.partition(".")[0] not in absent:
                 yield key, rule, OmegaConf.select(cfg, key)
 
     for key, allowed, value in values(CHOICES):
@@ -97,8 +101,12 @@ def check(cfg: DictConfig) -> None:
     stages = OmegaConf.select(cfg, "optimizer.stages")
     if stages is not None and not _fractions(stages):
         raise TrainingError(f"optimizer.stages={stages} must be a list of fractions of optimizer.lr above 0")
-    if adversarial:
+    if "adversarial" not in absent:
         _check_adversarial(cfg)
+    if OmegaConf.select(cfg, "degradation") is not None:
+        _check_degradation(cfg)
+    if "scales" not in absent:
+        _check_scales(cfg)
     if not str(cfg.name) or set(str(cfg.name)) & set('/\\:*?"<>|'):
         raise TrainingError(f"name={cfg.name} cannot be a file name; use letters, digits, '_' and '-'")
 
@@ -120,6 +128,42 @@ def _check_adversarial(cfg: DictConfig) -> None:
             f"trainer.accumulate_grad_batches={accumulate} does not go with the section adversarial, whose two "
             "networks take turns on each batch; use trainer.accumulate_grad_batches=1 and a larger data.batch"
         )
+
+
+def _check_degradation(cfg: DictConfig) -> None:
+    try:
+        Degradation.of(cfg.degradation)
+    except DegradationError as error:
+        raise TrainingError(str(error)) from None
+    for key in ("data.jpeg", "data.lr_roots", "data.val_lr_root"):
+        if value := OmegaConf.select(cfg, key):
+            raise TrainingError(
+                f"{key}={value} does not go with the section degradation, which makes the small pictures itself; "
+                "leave one of them out"
+            )
+
+
+def _check_scales(cfg: DictConfig) -> None:
+    s = cfg.scales
+    ends = list(s.range) if OmegaConf.is_list(s.range) else []
+    if len(ends) != 2 or not all(_positive(x) for x in ends) or ends[0] > ends[1]:
+        raise TrainingError(f"scales.range={s.range} must be two scales above 0, the smaller first")
+    if not isinstance(s.grow, int | float) or not 0 <= s.grow <= 1:
+        raise TrainingError(f"scales.grow={s.grow} must be a share of the run, 0 to 1")
+    scales = list(s.validate) if OmegaConf.is_list(s.validate) else []
+    if not scales or not all(_positive(x) for x in scales) or cfg.model.scale not in scales:
+        raise TrainingError(
+            f"scales.validate={s.validate} must be a list of scales with model.scale={cfg.model.scale} among them"
+        )
+    if not isinstance(cfg.model.scale, int):
+        raise TrainingError(f"model.scale={cfg.model.scale} must be a whole number, the scale where none is asked for")
+    for key in ("adversarial", "degradation", "prune", "data.lr_roots", "data.val_lr_root"):
+        if OmegaConf.select(cfg, key) is not None:
+            raise TrainingError(f"{key} does not go with the section scales, which makes pairs at many scales itself")
+
+
+def _positive(x: object) -> bool:
+    return isinstance(x, int | float) and 0 < x < math.inf
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[str]:

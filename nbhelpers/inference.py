@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import glob
+import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,25 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints, metrics, runtime
+from .counting import peak_activations
 from .degrade import crop_to_multiple, downscale
-from .images import SUFFIXES, ImageError, find_images, load_image, read_picture, save_image, to_tensor, to_uint8
+from .images import (
+    SUFFIXES,
+    ImageError,
+    find_images,
+    find_lr,
+    load_image,
+    read_picture,
+    save_image,
+    to_tensor,
+    to_uint8,
+)
 from .layers import BicubicUpsample
+from .models.continuous import MOST_PIXELS, AnyBicubic
+from .models.sampling import span
 
-AUTO_TILE = 384  # input pixels; pictures above 4 such tiles are cut, so memory stays bounded
+AUTO_TILE = 384  # input pixels; pictures above 4 such tiles are cut, smaller ones where memory asks for it
+PROBE = 32  # side of the picture that shows how much memory a network takes; up to 16 such pictures are never cut
 # A tile is widened to so many pixels where the picture has them: PyTorch convolves inputs of up to 20480 values by
 # another routine, whose last digits differ, and a tile must get the digits of the whole picture.
 LEAST_AREA = 96**2
@@ -42,20 +57,24 @@ class Bicubic(nn.Module):
         return self.resize(x)
 
 
-def get_model(model: str | Path | nn.Module, scale: int | None = None) -> nn.Module:
-    """A network from a name, a ``.safetensors`` path, ``bicubic`` (needs ``scale``), or itself."""
-    if isinstance(model, nn.Module):
-        return model
-    if str(model) == "bicubic":
+def get_model(model: str | Path | nn.Module, scale: float | None = None) -> nn.Module:
+    """A network from a name, a ``.safetensors`` path, ``bicubic`` (needs ``scale``), or itself.
+
+    A network for any scale is brought to ``scale``. Raises ValueError where a network enlarges by another one.
+    """
+    if not isinstance(model, nn.Module) and str(model) == "bicubic":
         if scale is None:
             raise ValueError("model 'bicubic' fits any scale: say which one (--scale 2, 3 or 4)")
         if scale < 1:
-            raise ValueError(f"scale {scale} must be a whole number of at least 1")
-        return Bicubic(scale)
-    network = checkpoints.load(model)
-    if scale is not None and network.scale != scale:
-        raise ValueError(f"network {str(model)!r} enlarges by {network.scale}, not by the {scale} asked for")
-    return network
+            raise ValueError(f"scale {scale} must be at least 1")
+        return Bicubic(int(scale)) if scale == int(scale) else AnyBicubic(scale)
+    network = model if isinstance(model, nn.Module) else checkpoints.load(model)
+    if scale is None or network.scale == scale:
+        return network
+    if not hasattr(network, "at"):
+        name = type(model).__name__ if network is model else str(model)
+        raise ValueError(f"network {name!r} enlarges by {network.scale}, not by the {scale} asked for")
+    return network.at(scale)
 
 
 @dataclass(frozen=True)
@@ -93,15 +112,49 @@ def _lengthen(seen: slice, side: int, need: int) -> slice:
     return slice(max(0, min(seen.start, stop - need)), stop)
 
 
-def _check_tiling(model: nn.Module, tile: int | None, overlap: int | None) -> int:
-    halo = getattr(model, "halo", None)
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile {tile} must be at least 1 input pixel")
+def _check_tiling(tile: int | None, overlap: int | None) -> None:
+    if tile is not None and tile < 0:
+        raise ValueError(f"tile {tile} must be at least 1 input pixel, or 0 for the whole picture")
     if overlap is not None and overlap < 0:
         raise ValueError(f"overlap {overlap} must not be negative")
-    if overlap is not None:
-        return overlap
-    return GLOBAL_OVERLAP if halo is None else halo
+
+
+def _most_pixels(model: nn.Module, where: torch.device, precision: str) -> float:
+    """Input pixels for which a network's features fit into memory."""
+    x = torch.zeros(1, 3, PROBE, PROBE, device=where).contiguous(memory_format=torch.channels_last)
+    with _evaluating(model), runtime.autocast(where, precision, keep_weights=False):
+        per_pixel = max(1.0, peak_activations(model, x) / PROBE**2)
+    return runtime.memory_for(where) / per_pixel
+
+
+def _fit(most: float, halo: int, overlap: int | None) -> tuple[int, int]:
+    """Side of tiles and overlap (``halo`` if None is asked for) such that a tile sees at most so many pixels."""
+    side = int(most**0.5)
+    least = max(1, side // 4)  # smaller tiles would throw away most of what is computed
+    if overlap is None and side - 2 * halo < least:
+        overlap = side // 8
+        warnings.warn(
+            f"the network sees {halo} pixels far, but only {side}x{side} fit into memory: tiles overlap by {overlap} "
+            "pixels, and may differ a little from the whole picture (set tile and overlap to choose yourself)",
+            stacklevel=5,
+        )
+    overlap = halo if overlap is None else overlap
+    return min(max(least, side - 2 * overlap), max(AUTO_TILE, 2 * overlap)), overlap
+
+
+def _plan(
+    model: nn.Module, h: int, w: int, tile: int | None, overlap: int | None, where: torch.device, precision: str
+) -> list[_Tile]:
+    """Tiles for a picture of h x w; see :func:`upscale`."""
+    halo = getattr(model, "halo", None)
+    halo = GLOBAL_OVERLAP if halo is None else halo
+    if tile is None and (h * w > 16 * PROBE**2 or math.prod(output_size(model, h, w)) > MOST_PIXELS):
+        most = _most_pixels(model, where, precision)
+        if h * w > min(most, 4 * AUTO_TILE**2):
+            tile, overlap = _fit(most, halo, overlap)
+    overlap = halo if overlap is None else overlap
+    least = LEAST_AREA if overlap >= halo else 0
+    return list(_tiles(h, w, tile or max(h, w), overlap, least, getattr(model, "grid", 1)))
 
 
 @contextlib.contextmanager
@@ -129,10 +182,12 @@ def upscale(
     """Enlarge one picture: float tensor "3 h w" in [0, 1] → the same, clamped; or uint8 (h, w, 3) → uint8.
 
     Args:
-        model: network with ``scale`` and ``halo``.
-        tile: side of the tiles in input pixels; 0 = whole; None = whole up to about 0.6 megapixels, else 384.
+        model: network with ``scale`` and ``halo``; one for any scale as ``model.at(2.7)`` or ``model.at((2, 3.5))``.
+        tile: side of the tiles in input pixels; 0 = whole; None = whole up to about 0.6 megapixels, else 384, and
+            less where the network's features would not fit into ``runtime.memory_for(device)``.
         overlap: pixels seen around each tile; None takes the network's receptive-field radius, with which the
-            tiled picture equals the whole one (on a CPU to the last bit). A smaller value leaves seams.
+            tiled picture equals the whole one (on a CPU to the last bit). A smaller value leaves seams; None itself
+            comes to one, with a warning, where ``tile`` is None and a tile with that radius does not fit.
         device: where to compute; None = where the network is. The result is on the CPU.
         precision: ``fp32`` (reproducible to the last digit shown), ``auto``, ``bf16``, ``fp16``.
 
@@ -144,30 +199,36 @@ def upscale(
     if picture.ndim != 3 or picture.shape[2 if is_array else 0] != 3 or min(shape) < 1 or not right_type:
         got = f"{picture.dtype} of shape {tuple(picture.shape)}"
         raise ValueError(f"expected a uint8 array (h, w, 3) or a float tensor (3, h, w) in [0, 1], got {got}")
-    halo = _check_tiling(model, tile or None, overlap)
-    least = LEAST_AREA if overlap is None or overlap >= (getattr(model, "halo", None) or 0) else 0
-    h, w = shape
-    if tile is None:
-        tile = AUTO_TILE if h * w > 4 * AUTO_TILE**2 else 0
-    tile = tile or max(h, w)
+    _check_tiling(tile, overlap)
     where = _device_of(model) if device is None else runtime.pick_device(str(device))
     precision = runtime.pick_precision(where, precision)
-    model, s = model.to(where, memory_format=torch.channels_last), model.scale
-    out = np.empty((h * s, w * s, 3), np.uint8) if is_array else torch.empty(3, h * s, w * s)
-    jobs = list(_tiles(h, w, tile, halo, least, getattr(model, "grid", 1)))
+    model, (h, w) = model.to(where, memory_format=torch.channels_last), shape
+    jobs = _plan(model, h, w, tile, overlap, where, precision)
+    size = output_size(model, h, w)
+    out = np.empty((*size, 3), np.uint8) if is_array else torch.empty(3, *size)
     for job in tqdm(jobs, desc="upscaling", unit="tile", leave=False, disable=not progress or len(jobs) == 1):
-        (ys, xs), (yc, xc) = job.seen, job.core
+        ys, xs = job.seen
+        place = tuple(span(c.start, c.stop, n, m) for c, n, m in zip(job.core, shape, size, strict=True))
+        if any(p.start == p.stop for p in place):  # made smaller, a tile may have no pixel of its own
+            continue
         x = to_tensor(picture[ys, xs]) if is_array else picture[:, ys, xs].float()
         x = x[None].to(where).contiguous(memory_format=torch.channels_last)
         with _evaluating(model), runtime.autocast(where, precision):
-            sr = model(x)[0]
-        sr = sr[(slice(None), *job.inner(s))].float().clamp(0, 1).cpu()
-        place = (slice(yc.start * s, yc.stop * s), slice(xc.start * s, xc.stop * s))
+            if hasattr(model, "region"):
+                sr = model.region(x, job.seen, (h, w), place)[0]
+            else:
+                sr = model(x)[0][(slice(None), *job.inner(model.scale))]
+        sr = sr.float().clamp(0, 1).cpu()
         if is_array:
             out[place] = to_uint8(sr)
         else:
             out[(slice(None), *place)] = sr
     return out
+
+
+def output_size(model: nn.Module, h: int, w: int) -> tuple[int, int]:
+    """Height and width of what a network makes of h x w pixels; ValueError where a scale below 1 leaves none."""
+    return model.output_size(h, w) if hasattr(model, "output_size") else (h * model.scale, w * model.scale)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -253,24 +314,15 @@ def upscale_files(
     return report
 
 
-def _find_lr(folder: Path, hr: Path, scale: int) -> Path:
-    """The small picture of ``hr``: the same name, the same stem, or DIV2K's ``0001x4``."""
-    stem = glob.escape(hr.stem)
-    for path in (folder / hr.name, *sorted(folder.glob(f"{stem}.*")), *sorted(folder.glob(f"{stem}x{scale}.*"))):
-        if path.is_file() and path.suffix.lower() in SUFFIXES:
-            return path
-    raise FileNotFoundError(f"no low-resolution picture for {hr.name} in {folder}")
-
-
-def _pair(hr_path: Path, lr_dir: Path | None, scale: int) -> tuple[Tensor, Tensor]:
+def _pair(hr_path: Path, lr_dir: Path | None, scale: float) -> tuple[Tensor, Tensor]:
     hr = load_image(hr_path)
     if min(hr.shape[-2:]) < 3 * scale:
         raise ImageError(hr_path, f"{hr.shape[-2]}x{hr.shape[-1]} pixels leave nothing inside the border at x{scale}")
     hr = crop_to_multiple(hr, scale)
     if lr_dir is None:
         return downscale(hr, scale), hr
-    lr = load_image(_find_lr(lr_dir, hr_path, scale))
-    want = (hr.shape[-2] // scale, hr.shape[-1] // scale)
+    lr = load_image(find_lr(lr_dir, hr_path, scale))
+    want = (round(hr.shape[-2] / scale), round(hr.shape[-1] / scale))
     if tuple(lr.shape[-2:]) != want:
         raise ImageError(hr_path, f"its LR picture is {tuple(lr.shape[-2:])}, scale {scale} needs {want}")
     return lr, hr
@@ -280,7 +332,7 @@ def evaluate(
     model: str | Path | nn.Module,
     hr: str | Path,
     lr: str | Path | None = None,
-    scale: int | None = None,
+    scale: float | None = None,
     *,
     lpips: bool = True,
     progress: bool = False,

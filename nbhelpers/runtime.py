@@ -105,10 +105,22 @@ def pick_precision(device: torch.device, wanted: str = "auto") -> str:
     return "bf16" if device.type == "cpu" and cpu_has_fast_bf16() else "fp32"
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast context for a precision from :func:`pick_precision`; disabled for ``fp32``."""
+def autocast(device: torch.device, precision: str, keep_weights: bool = True) -> torch.autocast:
+    """Autocast context for a precision from :func:`pick_precision`; disabled for ``fp32``.
+
+    ``keep_weights``: trainable weights are converted once for the whole context, and held.
+    """
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32", cache_enabled=keep_weights)
+
+
+def memory_for(device: torch.device) -> float:
+    """Bytes that a network's features may take while it works through a picture in tiles.
+
+    Fixed on a CPU, so that 100 megapixels stay below 2 GB with Python and the decoded pictures; half of what is free
+    on a GPU.
+    """
+    return torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 0.75e9
 
 
 def machine() -> str:

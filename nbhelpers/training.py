@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,48 +15,104 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoints, models, runtime
+from . import checkpoints, models, pruning, runtime
 from .adversarial import AdversarialModule, build_discriminator
-from .datasets.pairs import DataError, open_pairs, read_photos, resolve_root, split
+from .datasets.pairs import open_pairs
+from .datasets.photos import DataError, check_pair, match_lr, resolve_root, split
+from .datasets.scales import ScalePairs, no_small_pictures
+from .degradation import Degradation
 from .degrade import crop_to_multiple, downscale
 from .experiments import TrainingError, check, compose, differences, run_folder
-from .images import find_images
+from .images import ImageError, find_images, load_image
 from .loop import StepData, is_main_process, trainer_for
 from .metrics import protocol
 from .pixel import PixelModule
+from .scales import ScaleModule, validated
 
 
-def validation_pictures(cfg: DictConfig, paths: Sequence[Path]) -> list[tuple[Tensor, Tensor]]:
-    """(lr, hr) pictures for validation, made by the experiment's own downscaler."""
-    photos, skipped = read_photos(paths[: cfg.data.val_limit], progress=False)
+def validation_pictures(
+    cfg: DictConfig, paths: Sequence[Path], lr_paths: Mapping[Path, Path] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """(lr, hr) pictures for validation: LR from ``lr_paths``, else by the experiment's degradation or downscaler.
+
+    A degradation's damage is fixed: it depends on the file's name, not on the run's seed. With a section ``scales``
+    all pictures at one scale of :func:`nbhelpers.scales.validated` follow those at another.
+    """
+    degradation = _degradation(cfg)
+
+    def pair(path: Path, scale: float) -> tuple[Tensor, Tensor]:
+        hr = load_image(path)
+        if lr_paths is not None:
+            lr = load_image(lr_paths[path])
+            check_pair(path, hr.shape[-2:], lr_paths[path], lr.shape[-2:], scale)
+            return lr, hr
+        hr = crop_to_multiple(hr, scale)
+        if degradation is not None:
+            return degradation.of_file(hr, scale, path), hr
+        return downscale(hr, scale, cfg.data.downscaler), hr
+
+    pictures, skipped = [], []
+    for path in paths[: cfg.data.val_limit]:
+        try:
+            pictures.append([pair(path, scale) for scale in validated(cfg)])
+        except ImageError as error:
+            skipped.append(str(error))
     if skipped:
         tqdm.write(f"validation photos left out: {'; '.join(skipped)}")
-    if not photos and cfg.data.val_limit != 0:
+    if not pictures and cfg.data.val_limit != 0:
         raise DataError(f"no readable validation pictures (data.val_root={cfg.data.val_root})")
-    out = []
-    for photo in photos:
-        hr = crop_to_multiple(photo.float() / 255, cfg.model.scale)
-        out.append((downscale(hr, cfg.model.scale, cfg.data.downscaler), hr))
-    return out
+    return [picture for at_one_scale in zip(*pictures, strict=True) for picture in at_one_scale]
+
+
+def _degradation(cfg: DictConfig) -> Degradation | None:
+    settings = OmegaConf.select(cfg, "degradation")
+    return None if settings is None else Degradation.of(settings)
 
 
 def open_data(cfg: DictConfig, progress: bool = True):
     """(pairs, validation pictures, report) of a configuration; see ``open_pairs`` for the report.
 
-    Validation photos come from ``data.val_root``, or with ``data.valid_fraction`` from the training photos.
+    Validation photos come from ``data.val_root``, or with ``data.valid_fraction`` from the training photos. Optional
+    keys: ``data.lr_roots`` and ``data.val_lr_root``, folders of small pictures made elsewhere; a section
+    ``degradation``, by which small pictures are made on the fly.
     """
-    d = cfg.data
-    roots = d.roots if isinstance(d.roots, str) else list(d.roots)
+    d, scale = cfg.data, cfg.model.scale
+    roots, lr_roots = _roots(cfg, "data.roots"), _roots(cfg, "data.lr_roots")
+    lr_paths = None
     if d.valid_fraction:
-        folders = [resolve_root(r) for r in ([roots] if isinstance(roots, str) else roots)]
-        roots, validation = split(find_images(folders), d.valid_fraction, cfg.seed)
+        if lr_roots is not None:
+            lr_paths = match_lr(roots, lr_roots, scale)
+        files = find_images([resolve_root(r) for r in roots]) if lr_paths is None else list(lr_paths)
+        roots, validation = split(files, d.valid_fraction, cfg.seed)
+        lr_roots = None if lr_paths is None else [lr_paths[path] for path in roots]
     else:
         validation = find_images(resolve_root(d.val_root))
+        if (val_lr := OmegaConf.select(cfg, "data.val_lr_root")) is not None:
+            lr_paths = match_lr(d.val_root, val_lr, scale)
     options = {k: d[k] for k in ("patch", "batch", "downscaler", "jpeg", "augment", "limit", "shuffle_seed")}
-    pairs, report = open_pairs(
-        roots, cfg.model.scale, memory_limit_gb=d.memory_limit_gb, progress=progress, seed=cfg.seed, **options
-    )
-    return pairs, validation_pictures(cfg, validation), report
+    options |= {"memory_limit_gb": d.memory_limit_gb, "lr_roots": lr_roots, "degradation": _degradation(cfg)}
+    if (scales := OmegaConf.select(cfg, "scales")) is not None:
+        scale, options["degradation"] = math.ceil(scales.range[1]), no_small_pictures
+    pairs, report = open_pairs(roots, scale, progress=progress, seed=cfg.seed, **options)
+    if scales is not None:
+        batches = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
+        pairs = ScalePairs(pairs, *scales.range, grow_steps=round(scales.grow * batches))
+    return pairs, validation_pictures(cfg, validation, lr_paths), report
+
+
+def _roots(cfg: DictConfig, key: str) -> list[str] | None:
+    value = OmegaConf.select(cfg, key)
+    return None if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _lr_source(cfg: DictConfig) -> str:
+    """Where the validation's small pictures come from, for the protocol on the card."""
+    if _degradation(cfg) is not None:
+        return "damaged as the section degradation says, seed 0"
+    given = "data.lr_roots" if cfg.data.valid_fraction else "data.val_lr_root"
+    if OmegaConf.select(cfg, given) is not None:
+        return "given files"
+    return "MATLAB-style bicubic" if cfg.data.downscaler == "matlab" else f"downscaler {cfg.data.downscaler}"
 
 
 @dataclass
@@ -81,6 +137,8 @@ class FitResult:
 def _network(cfg: DictConfig) -> nn.Module:
     """The network at the start of its training; seeded, warm where ``init_from`` names a donor."""
     runtime.seed_everything(cfg.seed)
+    if OmegaConf.select(cfg, "prune") is not None:
+        return pruning.pruned(cfg).requires_grad_(True).to(memory_format=torch.channels_last)
     network = models.build(cfg.arch, **OmegaConf.to_container(cfg.model, resolve=True))
     if cfg.init_from:
         copied = checkpoints.copy_matching(network, cfg.init_from)
@@ -92,6 +150,8 @@ def _network(cfg: DictConfig) -> nn.Module:
 def _module(cfg: DictConfig) -> PixelModule:
     """The Lightning module of an experiment, without its validation pictures and files."""
     network = _network(cfg)
+    if OmegaConf.select(cfg, "scales") is not None:
+        return ScaleModule(network, cfg)
     if OmegaConf.select(cfg, "adversarial") is None:
         return PixelModule(network, cfg)
     return AdversarialModule(network, build_discriminator(cfg), cfg)
@@ -186,7 +246,10 @@ def train(cfg: DictConfig, command: str | None = None) -> FitResult:
     scores = {"val_psnr_y": round(result.kept["val_psnr_y"], 3)}
     if not math.isnan(lpips := result.kept.get("val_lpips", math.nan)):
         scores["val_lpips"] = round(lpips, 4)
-    card = {"metrics": scores | {"data": cfg.data.val_root, "protocol": protocol(scale)}, **shared}
+    if "scales" in config:  # val_psnr_y is then the mean of those at these scales
+        scores |= {key: round(value, 3) for key, value in result.kept.items() if key.startswith("val_psnr_y_x")}
+        shared["scales"] = config["scales"]["range"]
+    card = {"metrics": scores | {"data": cfg.data.val_root, "protocol": protocol(scale, _lr_source(cfg))}, **shared}
     checkpoints.save(str(cfg.name), result.model, cfg.arch, config["model"], card, result.history)
     return result
 

@@ -1,1 +1,1 @@
-"""Data sets: training pairs (``pairs``), the tile cutter (``tiles``) and hash-checked downloads (``download``)."""
+"""Data sets: training pairs (``pairs``), their files (``photos``), the tile cutter (``tiles``), ``download``."""

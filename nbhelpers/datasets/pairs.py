@@ -6,75 +6,36 @@ by DataLoader workers, from folders of tiles. Both give the same batches interfa
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .. import runtime
+from ..degradation import Degradation
 from ..degrade import crop_to_multiple, downscale, random_jpeg
 from ..images import ImageError, find_images, read_picture, to_tensor
+from .photos import (
+    DataError,
+    Roots,
+    as_list,
+    check_headers,
+    check_pair,
+    header_sizes,
+    match_lr,
+    read_pairs,
+    read_photos,
+    resolve_root,
+)
 from .store import SHEET
 
 MEMORY_LIMIT_GB = 4.0
-NAMED = ("bundled", "bundled_val", "train_large", "div2k_train", "div2k_valid", "flowers102")
-
-
-class DataError(ValueError):
-    """Training data that are missing, empty, or too small; the message says what to do."""
-
-
-def resolve_root(root: str | Path) -> Path:
-    """A folder of photos from a name of ``NAMED`` or a path, relative to the current folder or the project's root.
-
-    Raises DataError when the folder does not exist (downloaded collections: see ``nbhelpers download``).
-    """
-    if root == "bundled":
-        return runtime.PHOTOS / "train"
-    if root == "bundled_val":
-        return runtime.PHOTOS / "val"
-    if root == "train_large":
-        pack = runtime.shared()
-        if pack is None:
-            raise DataError("the photo pack 'train_large' is not on this machine; use data.roots=[bundled]")
-        return pack / "data" / "train_large" / "photos"
-    if root in NAMED:
-        from .download import fetch
-
-        return fetch(str(root))
-    here = Path(root).expanduser().absolute()
-    for path in (here, runtime.ROOT / root):
-        if path.exists():
-            return path
-    raise DataError(f"no folder '{here}'; give an existing folder or one of {list(NAMED)}")
-
-
-def split(paths: Sequence[Path], valid_fraction: float, seed: int = 0) -> tuple[list[Path], list[Path]]:
-    """(train, validation) paths, disjoint, split by whole files; at least one each when 0 < fraction < 1."""
-    if not 0 <= valid_fraction < 1:
-        raise ValueError(f"valid_fraction {valid_fraction} is outside 0 <= fraction < 1")
-    shuffled = sorted(paths)
-    random.Random(seed).shuffle(shuffled)
-    n = round(len(shuffled) * valid_fraction)
-    n = min(max(n, 1), len(shuffled) - 1) if valid_fraction and len(shuffled) > 1 else 0
-    return sorted(shuffled[n:]), sorted(shuffled[:n])
-
-
-def read_photos(paths: Sequence[Path], progress: bool = True) -> tuple[list[Tensor], list[str]]:
-    """Decode photos to uint8 "3 h w"; unreadable ones are left out and reported in the second list."""
-    photos, skipped = [], []
-    for path in tqdm(paths, desc="reading photos", unit="photo", disable=not progress, leave=False):
-        try:
-            photos.append(torch.from_numpy(read_picture(path).rgb).permute(2, 0, 1))
-        except ImageError as error:
-            skipped.append(str(error))
-    return photos, skipped
+# Crops to be damaged are larger by so many LR pixels, and cut at random afterwards: blur then has something to mix in
+# from beyond the border, and JPEG's blocks of 8x8 pixels begin anywhere.
+MARGIN = 8
 
 
 class _Buffer:
@@ -104,7 +65,8 @@ class _Buffer:
 class Pairs(Dataset):
     """``pairs[step]`` → (lr "b 3 p p", hr "b 3 p·scale p·scale") uint8, a pure function of seed and step.
 
-    ``patch`` is p in LR pixels, ``batch`` is b; ``augment`` flips and transposes, ``jpeg`` damages the LR side.
+    ``patch`` is p in LR pixels, ``batch`` is b; ``augment`` flips and transposes, ``jpeg`` damages the LR side. With a
+    ``degradation`` LR is made by it from each batch's HR crops, anew every time.
     """
 
     def __init__(
@@ -117,9 +79,12 @@ class Pairs(Dataset):
         jpeg: bool = False,
         augment: bool = True,
         length: int = 2**31,
+        degradation: Degradation | None = None,
     ):
         self.scale, self.patch, self.batch, self.seed = scale, patch, batch, seed
         self.downscaler, self.jpeg, self.augment, self.length = downscaler, jpeg, augment, length
+        self.degradation = degradation
+        self.crop = _crop(patch, degradation)
 
     def __len__(self) -> int:
         return self.length
@@ -127,85 +92,128 @@ class Pairs(Dataset):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         generator = step_generator(self.seed, step)
         lr, hr = self.sample(generator)
+        if self.degradation is not None:
+            lr, hr = self._damage(hr, generator)
         if self.jpeg:
             lr = random_jpeg(lr.float() / 255, generator).mul(255).round().byte()
         return lr, hr
 
-    def sample(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One undamaged batch drawn with ``g``."""
+    def _damage(self, hr: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        s, p = self.scale, self.patch
+        lr = self.degradation(hr.float() / 255, s, g).mul(255).round().byte()
+        y, x = torch.randint(MARGIN, (2,), generator=g).tolist()
+        return lr[..., y : y + p, x : x + p], hr[..., y * s : (y + p) * s, x * s : (x + p) * s]
+
+    def sample(self, g: torch.Generator) -> tuple[Tensor | None, Tensor]:
+        """One undamaged batch drawn with ``g``, of ``crop`` LR pixels a side; no LR where a degradation makes it."""
         raise NotImplementedError
+
+
+def _crop(patch: int, degradation: Degradation | None) -> int:
+    """Side in LR pixels of the crops drawn for a patch."""
+    return patch if degradation is None else patch + MARGIN
 
 
 class PhotoPairs(Pairs):
     """Photos in memory; ``settings`` are those of :class:`Pairs`.
 
-    Each photo is shrunk whole, once, by ``downscaler``; crops are then taken at the same place of both, so LR and
-    HR are aligned to the scale. Positions are uniform over all photos' pixels.
+    Each photo is shrunk whole, once, by ``downscaler``, unless its small picture is given in ``small``; crops are then
+    taken at the same place of both, so LR and HR are aligned to the scale. Positions are uniform over all photos'
+    pixels.
     """
 
-    def __init__(self, photos: Sequence[Tensor], scale: int, *, progress: bool = False, **settings: object):
+    def __init__(
+        self,
+        photos: Sequence[Tensor],
+        scale: int,
+        *,
+        small: Sequence[Tensor] | None = None,
+        progress: bool = False,
+        **settings: object,
+    ):
         super().__init__(scale, **settings)
-        patch = self.patch
-        big = [crop_to_multiple(p, scale) for p in photos if min(p.shape[-2:]) >= patch * scale]
+        crop, patch = self.crop, self.patch
+        fits = [min(p.shape[-2:]) >= crop * scale for p in photos]
+        big = [crop_to_multiple(p, scale) for p, fit in zip(photos, fits, strict=True) if fit]
         if not big:
+            more = "" if crop == patch else f" and {MARGIN} more for the degradation"
             raise DataError(
-                f"none of {len(photos)} photos has {patch * scale} pixels on both sides, which patch={patch} at scale "
-                f"{scale} needs; choose a smaller data.patch or larger photos"
+                f"none of {len(photos)} photos has {crop * scale} pixels on both sides, which patch={patch}{more} at "
+                f"scale {scale} needs; choose a smaller data.patch or larger photos"
             )
-        small = [
-            downscale(p.float() / 255, scale, self.downscaler).mul(255).round().byte()
-            for p in tqdm(big, desc=f"shrinking x{scale}", unit="photo", disable=not progress, leave=False)
-        ]
+        if small is not None:
+            small = [p for p, fit in zip(small, fits, strict=True) if fit]
+        elif self.degradation is None:
+            small = [
+                downscale(p.float() / 255, scale, self.downscaler).mul(255).round().byte()
+                for p in tqdm(big, desc=f"shrinking x{scale}", unit="photo", disable=not progress, leave=False)
+            ]
         self.skipped_small = len(photos) - len(big)
-        self.room = torch.tensor([(p.shape[-2] - patch + 1, p.shape[-1] - patch + 1) for p in small])
+        self.room = torch.tensor([[side // scale - crop + 1 for side in p.shape[-2:]] for p in big])
         self.weights = self.room.prod(1).double()
-        self.hr, self.lr = _Buffer(big), _Buffer(small)
+        self.hr, self.lr = _Buffer(big), _Buffer(small) if small is not None else None
 
-    def sample(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, g: torch.Generator) -> tuple[Tensor | None, Tensor]:
         """See :class:`Pairs`."""
         which = torch.multinomial(self.weights, self.batch, replacement=True, generator=g)
         position = (torch.rand(self.batch, 2, generator=g) * self.room[which]).long()
         flips = torch.randint(2 if self.augment else 1, (self.batch, 3), generator=g)
         top, left = position.unbind(1)
-        lr = self.lr.crop(which, top, left, self.patch, flips)
-        hr = self.hr.crop(which, top * self.scale, left * self.scale, self.patch * self.scale, flips)
+        lr = None if self.lr is None else self.lr.crop(which, top, left, self.crop, flips)
+        hr = self.hr.crop(which, top * self.scale, left * self.scale, self.crop * self.scale, flips)
         return lr, hr
 
 
 class TilePairs(Pairs):
-    """The same batches from tile files too many for memory: each batch decodes only the tiles it needs."""
+    """The same batches from tile files too many for memory: each batch decodes only the tiles it needs.
 
-    def __init__(self, paths: Sequence[Path], scale: int, **settings: object):
+    ``lr_paths`` maps a tile to its low-resolution file, where there are such files.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], scale: int, *, lr_paths: Mapping[Path, Path] | None = None, **settings: object
+    ):
         super().__init__(scale, **settings)
-        self.paths = list(paths)
+        self.paths, self.lr_paths = list(paths), lr_paths
 
-    def sample(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, g: torch.Generator) -> tuple[Tensor | None, Tensor]:
         """See :class:`Pairs`."""
-        pairs = [self._one(g) for _ in range(self.batch)]
-        lr, hr = (torch.stack(side) for side in zip(*pairs, strict=True))
-        return lr, hr
+        lr, hr = zip(*(self._one(g) for _ in range(self.batch)), strict=True)
+        return (None if self.degradation is not None else torch.stack(lr)), torch.stack(hr)
 
-    def _one(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        need = self.patch * self.scale
+    def _one(self, g: torch.Generator) -> tuple[Tensor | None, Tensor]:
+        need = self.crop * self.scale
         for _ in range(20):  # a damaged or too small tile costs one more draw, not the run
             path = self.paths[int(torch.randint(len(self.paths), (1,), generator=g))]
             try:
                 hr = crop_to_multiple(to_tensor(read_picture(path).rgb), self.scale)
+                lr = self._small(path, hr) if min(hr.shape[-2:]) >= need else None
             except ImageError:
                 continue
             if min(hr.shape[-2:]) >= need:
                 break
         else:
             raise DataError(f"20 tiles in a row are unreadable or below {need} pixels; last: {path}")
-        lr = downscale(hr, self.scale, self.downscaler)
-        room = torch.tensor([lr.shape[-2] - self.patch + 1, lr.shape[-1] - self.patch + 1])
+        room = torch.tensor([side // self.scale - self.crop + 1 for side in hr.shape[-2:]])
         top, left = (torch.rand(2, generator=g) * room).long().tolist()
-        s, p = self.scale, self.patch
-        lr, hr = lr[:, top : top + p, left : left + p], hr[:, top * s : (top + p) * s, left * s : (left + p) * s]
         flips = torch.randint(2 if self.augment else 1, (3,), generator=g).tolist()
         dims = [d for d, on in zip((1, 2), flips[:2], strict=True) if on]
-        lr, hr = (x.flip(dims).transpose(1, 2) if flips[2] else x.flip(dims) for x in (lr, hr))
-        return lr.mul(255).round().byte(), hr.mul(255).round().byte()
+
+        def cut(x: Tensor, s: int) -> Tensor:
+            x = x[:, top * s : (top + self.crop) * s, left * s : (left + self.crop) * s].flip(dims)
+            return (x.transpose(1, 2) if flips[2] else x).mul(255).round().byte()
+
+        return (None if lr is None else cut(lr, 1)), cut(hr, self.scale)
+
+    def _small(self, path: Path, hr: Tensor) -> Tensor | None:
+        """The whole tile's LR picture, "3 h w" in [0, 1]."""
+        if self.degradation is not None:
+            return None
+        if self.lr_paths is None:
+            return downscale(hr, self.scale, self.downscaler)
+        lr = to_tensor(read_picture(self.lr_paths[path]).rgb)
+        check_pair(path, hr.shape[-2:], self.lr_paths[path], lr.shape[-2:], self.scale)
+        return lr
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -214,30 +222,34 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
 
-def _sizes(paths: Sequence[Path]) -> dict[Path, tuple[int, int]]:
-    """(width, height) of each picture, from the file headers alone; unreadable ones are left out."""
-    sizes = {}
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                sizes[path] = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue  # it is reported where it is read
-    return sizes
-
-
-def _open_lazily(sizes: dict[Path, tuple[int, int]], scale: int, options: dict) -> TilePairs:
-    need = options.get("patch", 48) * scale
+def _open_lazily(
+    sizes: dict[Path, tuple[int, int]], scale: int, lr_paths: dict[Path, Path] | None, options: dict
+) -> TilePairs:
+    need = _crop(options.get("patch", 48), options.get("degradation")) * scale
     paths = [path for path, size in sizes.items() if min(size) >= need]
     if not paths:
         raise DataError(f"none of {len(sizes)} tiles has {need} pixels on both sides; choose a smaller data.patch")
-    return TilePairs(paths, scale, **options)
+    if lr_paths is not None:  # now, not in the middle of the run
+        check_headers({path: lr_paths[path] for path in paths}, scale)
+    return TilePairs(paths, scale, lr_paths=lr_paths, **options)
+
+
+def _read_photos(
+    paths: list[Path], scale: int, lr_paths: dict[Path, Path] | None, progress: bool
+) -> tuple[list[Tensor], list[Tensor] | None, list[str]]:
+    """(originals, their LR pictures or None, what could not be read)."""
+    if lr_paths is None:
+        photos, skipped = read_photos(paths, progress)
+        return photos, None, skipped
+    photos, small, skipped = read_pairs({path: lr_paths[path] for path in paths}, scale, progress)
+    return photos, small, skipped
 
 
 def open_pairs(
-    roots: str | Path | Sequence[str | Path],
+    roots: Roots,
     scale: int,
     *,
+    lr_roots: Roots | None = None,
     limit: int | None = None,
     shuffle_seed: int | None = None,
     memory_limit_gb: float = MEMORY_LIMIT_GB,
@@ -246,27 +258,30 @@ def open_pairs(
 ) -> tuple[Pairs, dict[str, object]]:
     """Pairs from folders, names of ``NAMED`` or files, in memory if they fit ``memory_limit_gb``, else lazily.
 
+    ``lr_roots`` name the folders (or files) of the small pictures, one for each of ``roots``; without them LR is made.
     ``limit`` takes the first so many photos of the sorted (or shuffled) list. ``options`` go to the data set.
-    Returns it with a report: photos used, what was skipped, gigabytes, lazy. Raises DataError without any photo.
+    Returns it with a report: photos used, what was skipped, gigabytes, lazy. Raises DataError without any photo, and
+    where originals and small pictures do not belong together by name or size.
     """
-    roots = [roots] if isinstance(roots, (str, Path)) else list(roots)
+    roots = as_list(roots)
     folders = [resolve_root(r) for r in roots]
     paths = [p for p in find_images(folders, shuffle_seed=shuffle_seed) if p.name != SHEET][:limit]
     if not paths:
         raise DataError(f"no pictures below {[str(r) for r in roots]}")
-    sizes = _sizes(paths)
+    lr_paths = None if lr_roots is None else match_lr(roots, lr_roots, scale)
+    sizes = header_sizes(paths)
     gigabytes = sum(w * h * 3 for w, h in sizes.values()) / 1e9
     report: dict[str, object] = {"gigabytes": round(gigabytes, 3), "lazy": gigabytes > memory_limit_gb}
     if report["lazy"]:
-        pairs = _open_lazily(sizes, scale, options)
+        pairs = _open_lazily(sizes, scale, lr_paths, options)
         return pairs, {"photos": len(pairs.paths), "skipped": len(paths) - len(pairs.paths), **report}
-    photos, skipped = read_photos(paths, progress)
+    photos, small, skipped = _read_photos(paths, scale, lr_paths, progress)
     if not photos:
         roots_text = [str(r) for r in roots]
         raise DataError(f"none of {len(paths)} pictures below {roots_text} is readable; first: {skipped[0]}")
-    pairs = PhotoPairs(photos, scale, progress=progress, **options)
+    pairs = PhotoPairs(photos, scale, small=small, progress=progress, **options)
     if pairs.skipped_small:
-        skipped.append(f"{pairs.skipped_small} photos smaller than {pairs.patch * scale} pixels")
+        skipped.append(f"{pairs.skipped_small} photos smaller than {pairs.crop * scale} pixels")
     if skipped and progress:
         tqdm.write(f"left out of the training data: {'; '.join(skipped)}")
     return pairs, {"photos": len(photos) - pairs.skipped_small, "skipped": skipped, **report}

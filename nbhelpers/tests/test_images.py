@@ -243,8 +243,9 @@ def test_failure_while_writing_leaves_the_old_file_and_no_rest(tmp_path, monkeyp
     path = save_image(ramp(), tmp_path / "a.png")
     before = path.read_bytes()
 
-    def half_written(self, target, **options):
-        target.write_bytes(b"half")
+    def half_written(self, target, *_, **options):
+        target.write(b"half")
+        assert list(tmp_path.iterdir()) == [path], "a process killed now would leave nothing behind"
         raise error
 
     monkeypatch.setattr(Image.Image, "save", half_written)

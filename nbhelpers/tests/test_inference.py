@@ -90,9 +90,11 @@ def test_tiled_equals_whole_in_bf16(scale):
 
 def test_large_pictures_are_cut_by_themselves(monkeypatch):
     monkeypatch.setattr(inference, "AUTO_TILE", 40)
+    monkeypatch.setattr(inference, "PROBE", 16)
     model, x, seen = network(), picture(90, 130), []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
     auto = upscale(model, x)
+    assert seen.pop(0) == (16, 16), "the probe that shows how much memory it takes"
     assert len(seen) == 3 * 4 and max(h * w for h, w in seen) < 90 * 130
     assert_same(auto, upscale(model, x, tile=0))
 

@@ -326,3 +326,23 @@ def test_a_training_with_vgg_resumes_exactly_and_keeps_no_vgg(vgg, runs):
     for path in checkpoints:
         state = torch.load(path, weights_only=True)["state_dict"]
         assert state and not [key for key in state if key.startswith("loss")]
+
+
+def test_document_003s_training_logs_each_of_its_terms(runs):
+    """Weights 1.0 / 0.5 / 0.1 and batch 8; the terms, unweighted, stand beside their sum in history and TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert training.compose("efficient_srnet_doc").loss == {"l1": 1.0, "charbonnier": 0.5, "tv": 0.1}
+    small = [
+        "data.roots=[bundled]", "data.limit=2", "data.val_limit=1", "data.patch=12", "model.nf=8", "model.blocks=1",
+        "trainer.max_steps=4", "trainer.val_every=2", "trainer.progress=false", "trainer.threads=1",
+    ]  # fmt: skip
+    cfg = training.compose("efficient_srnet_doc", small)
+    assert cfg.data.batch == 8
+    result = training.fit(cfg)
+    events = EventAccumulator(str(result.folder / "tensorboard")).Reload()
+    for i, row in enumerate(result.history):
+        assert row["train_loss"] == pytest.approx(row["l1"] + 0.5 * row["charbonnier"] + 0.1 * row["tv"], rel=1e-5)
+        for name in ("train_loss", "l1", "charbonnier", "tv"):
+            assert events.Scalars(name)[i].value == pytest.approx(row[name], rel=1e-5), name
+            assert events.Scalars(name)[i].step == row["step"]

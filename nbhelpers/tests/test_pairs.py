@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nbhelpers import runtime
+from nbhelpers import runtime, training
 from nbhelpers.datasets import pairs as pairs_module
-from nbhelpers.datasets.pairs import DataError, PhotoPairs, TilePairs, loader, open_pairs, resolve_root, split
+from nbhelpers.datasets.pairs import PhotoPairs, TilePairs, loader, open_pairs
+from nbhelpers.datasets.photos import DataError, resolve_root, split
 from nbhelpers.datasets.store import SHEET
 from nbhelpers.degrade import downscale
+from nbhelpers.tests.test_training import TINY
 
 
 def textured(h: int, w: int, seed: int = 0) -> torch.Tensor:
@@ -226,3 +228,98 @@ def test_split_is_disjoint_and_reproducible():
     assert [len(part) for part in split(paths, 0)] == [20, 0]
     with pytest.raises(ValueError, match=r"1\.5 is outside"):
         split(paths, 1.5)
+
+
+# --- Small pictures made elsewhere ------------------------------------------------------------------------
+
+
+def paired(tmp_path: Path, scale: int = 2, mark: str = "", suffix: str = ".png") -> tuple[Path, Path]:
+    """Two folders of three pictures each, one of them in a folder below; LR is every scale-th pixel of HR."""
+    pictures = {"a.png": textured(40, 60), "b.png": textured(48, 36, 1), "deep/c.png": textured(36, 36, 2)}
+    for name, picture in pictures.items():
+        big, small = tmp_path / "HR" / name, tmp_path / "LR" / name
+        write(big.parent, {big.name: picture})
+        write(small.parent, {f"{small.stem}{mark}{suffix}": picture[:, ::scale, ::scale]})
+    return tmp_path / "HR", tmp_path / "LR"
+
+
+@pytest.mark.parametrize(("mark", "suffix"), [("", ".png"), ("", ".BMP"), ("x2", ".png")])
+@pytest.mark.parametrize("limit_gb", [4.0, 0.0], ids=["memory", "tiles"])
+def test_given_small_pictures_are_cut_where_their_originals_are(tmp_path, mark, suffix, limit_gb):
+    hr_root, lr_root = paired(tmp_path, 2, mark, suffix)
+    options = {"patch": 8, "batch": 12, "memory_limit_gb": limit_gb, "progress": False}
+    pairs, report = open_pairs([hr_root], 2, lr_roots=[lr_root], **options)
+    assert report["photos"] == 3 and report["lazy"] == (limit_gb == 0)
+    plain, _ = open_pairs([hr_root], 2, lr_roots=[lr_root], augment=False, **options)
+    for step in range(3):
+        lr, hr = plain[step]
+        assert torch.equal(lr, hr[..., ::2, ::2]), "neither moved nor shrunk here"
+        lr, hr = pairs[step]
+        # A flip of the original takes another one of each two pixels; turning it back shows the pair again.
+        assert all(any(torch.equal(a[:, ::2, ::2], b) for a, b in zip(eight(h), eight(s), strict=True))
+                   for h, s in zip(hr, lr, strict=True))  # fmt: skip
+
+
+def test_files_may_be_paired_one_by_one(tmp_path):
+    hr_root, lr_root = paired(tmp_path)
+    pairs, _ = open_pairs([hr_root / "a.png"], 2, lr_roots=[lr_root / "a.png"], patch=8, batch=2, progress=False)
+    same_folder, _ = open_pairs([hr_root / "a.png"], 2, lr_roots=[lr_root], patch=8, batch=2, progress=False)
+    assert same(pairs[0], same_folder[0])
+
+
+def test_an_unreadable_file_leaves_its_counterpart_out(tmp_path):
+    hr_root, lr_root = paired(tmp_path)
+    (lr_root / "b.png").write_bytes(b"no picture")
+    pairs, report = open_pairs(hr_root, 2, lr_roots=lr_root, patch=8, batch=4, augment=False, progress=False)
+    assert report["photos"] == 2 and "LR/b.png" in report["skipped"][0]
+    assert all(torch.equal(pairs[s][0], pairs[s][1][..., ::2, ::2]) for s in range(3))
+
+
+@pytest.mark.parametrize("limit_gb", [4.0, 0.0], ids=["memory", "tiles"])
+def test_folders_that_do_not_match_are_refused_before_training(tmp_path, limit_gb):
+    hr_root, lr_root = paired(tmp_path)
+
+    def refused(message: str, scale: int = 2, lr_roots: object = lr_root) -> None:
+        with pytest.raises(DataError, match=message):
+            open_pairs(hr_root, scale, lr_roots=lr_roots, patch=8, memory_limit_gb=limit_gb, progress=False)
+
+    refused(r"1 folders of originals but 2 of low-resolution pictures; data\.lr_roots", lr_roots=[lr_root, hr_root])
+    refused(r"no folder .*nowhere", lr_roots=tmp_path / "nowhere")
+    refused(r"HR/a\.png has 40x60 pixels and .*LR/a\.png 20x30; at scale 4 that must be 10x15", scale=4)
+    refused(r"HR/a\.png has 40x60 pixels and .*HR/a\.png 40x60; at scale 2 that must be 20x30", lr_roots=hr_root)
+    (lr_root / "b.png").rename(lr_root / "b2.png")
+    refused(r"1 of 3 originals have no low-resolution picture .*first: b\.png in .*LR.*data\.lr_roots")
+    write(lr_root, {"b.png": textured(18, 24)})
+    refused(r"HR/b\.png has 48x36 pixels and .*LR/b\.png 18x24; at scale 2 that must be 24x18")
+    write(hr_root, {"b.png": textured(49, 36)})
+    refused(r"HR/b\.png has 49x36 pixels, which scale 2 does not divide; crop")
+
+
+@pytest.mark.parametrize("limit_gb", [4.0, 0.0], ids=["memory", "tiles"])
+def test_sizes_are_compared_upright(tmp_path, limit_gb):
+    """A photo that its EXIF block turns fits a small picture stored upright, whatever its header says."""
+    hr_root, lr_root = tmp_path / "HR", tmp_path / "LR"
+    turned = Image.Exif()
+    turned[0x0112] = 6  # turn by a quarter
+    picture = Image.fromarray(textured(40, 60).permute(1, 2, 0).numpy())
+    hr_root.mkdir()
+    picture.save(hr_root / "a.png", exif=turned)
+    write(lr_root, {"a.png": textured(30, 20)})
+    options = {"patch": 8, "batch": 2, "memory_limit_gb": limit_gb, "progress": False}
+    pairs, _ = open_pairs(hr_root, 2, lr_roots=lr_root, **options)
+    assert pairs[0][0].shape == (2, 3, 8, 8)
+
+
+def test_validation_takes_given_small_pictures_too(tmp_path):
+    hr_root, lr_root = paired(tmp_path)
+    settings = [*TINY, "data.limit=null", "data.val_limit=null", f"data.roots=[{hr_root}]"]
+    both = [*settings, f"+data.lr_roots=[{lr_root}]"]
+    apart = [*both, f"data.val_root={hr_root}", f"+data.val_lr_root={lr_root}"]
+    for overrides, photos, kept in ((apart, 3, 3), ([*both, "data.valid_fraction=0.4"], 2, 1)):
+        pairs, validation, report = training.open_data(training.compose("espcn_x2", overrides), progress=False)
+        assert report["photos"] == photos and len(validation) == kept
+        assert all(torch.equal(lr, hr[:, ::2, ::2]) for lr, hr in validation)
+        assert pairs[0][0].shape == (2, 3, 12, 12)
+    wrong = training.compose("espcn_x2", [*settings, f"data.val_root={hr_root}", f"+data.val_lr_root={hr_root}"])
+    with pytest.raises(DataError, match=r"40x60 pixels and .*40x60"):
+        training.open_data(wrong, progress=False)
