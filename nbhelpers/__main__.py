@@ -213,7 +213,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
     p = commands.add_parser("study", help="run a notebook's controlled comparison; results go to data/results")
     p.add_argument(
-        "name", help="set5 (README's table), or espcn, vgg, pooling, gan, rrdb, m23_init, erblock (the notebooks')"
+        "name", help="set5 (README's table), or espcn, vgg, pooling, gan, rrdb, m23_init, erblock, damaged (the notebooks')"
     )
     p.add_argument("--fresh", action="store_true", help="drop finished runs and start again (default: resume)")
     p.add_argument("--quick", action="store_true", help="a few steps per run, written to runs/, to see that it works")
