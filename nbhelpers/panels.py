@@ -106,7 +106,7 @@ def _read(photo: Photo) -> np.ndarray:
     return _read_file(photo) if isinstance(photo, Path) else photo
 
 
-class _Root(widgets.VBox):
+class Root(widgets.VBox):
     """The panel's outer box; its text form is short and always the same, so that saved notebooks stay comparable."""
 
     def __repr__(self) -> str:
@@ -183,7 +183,7 @@ class ComparisonPanel:
             [self.readout, self.lpips],
             layout={"flex_flow": "row wrap", "grid_gap": "4px 24px", "align_items": "flex-end"},
         )
-        self.root = _Root([grid, self.status, self.viewer, below], layout={"width": "100%", "grid_gap": "6px"})
+        self.root = Root([grid, self.status, self.viewer, below], layout={"width": "100%", "grid_gap": "6px"})
 
     def _repr_mimebundle_(self, **kwargs: object) -> object:
         return self.root._repr_mimebundle_(**kwargs)

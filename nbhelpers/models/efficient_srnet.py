@@ -27,10 +27,11 @@ class ECALite(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.mix = nn.Conv2d(channels, channels, 1)
+        self.gate = nn.Sigmoid()
 
     def mask(self, x: Tensor) -> Tensor:
         """Factors "b c 1 1" in (0, 1)."""
-        return torch.sigmoid(self.mix(x.mean((2, 3), keepdim=True)))
+        return self.gate(self.mix(x.mean((2, 3), keepdim=True)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.mask(x)
@@ -48,11 +49,12 @@ class ECA(ECALite):
         length = int(abs(math.log2(channels) / 2 + 0.5))
         length += 1 - length % 2
         self.mix = nn.Conv1d(1, 1, length, padding=length // 2, bias=False)
+        self.gate = nn.Sigmoid()
 
     def mask(self, x: Tensor) -> Tensor:
         """Factors "b c 1 1" in (0, 1)."""
         means = x.mean((2, 3))[:, None]
-        return torch.sigmoid(self.mix(means))[:, 0, :, None, None]
+        return self.gate(self.mix(means)[:, 0, :, None, None])
 
 
 class LocalECA(ECALite):
@@ -71,7 +73,7 @@ class LocalECA(ECALite):
     def mask(self, x: Tensor) -> Tensor:
         """Factors in (0, 1) for each value of ``x``."""
         cells = F.avg_pool2d(x, CELL, ceil_mode=True, count_include_pad=False)
-        return self.enlarge(torch.sigmoid(self.mix(cells)))[..., : x.shape[-2], : x.shape[-1]]
+        return self.enlarge(self.gate(self.mix(cells)))[..., : x.shape[-2], : x.shape[-1]]
 
 
 ATTENTION: dict[str, type[ECALite] | None] = {"eca_lite": ECALite, "eca": ECA, "local": LocalECA, "none": None}

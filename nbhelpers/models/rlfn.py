@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,6 +38,7 @@ class ESA(nn.Module):
         )  # fmt: skip
         self.enlarge = BilinearUpsample(CELL, f)
         self.expand = nn.Conv2d(f, n_feats, 1)
+        self.gate = nn.Sigmoid()
 
     def mask(self, x: Tensor) -> Tensor:
         """Factors in (0, 1) for each value of ``x``."""
@@ -47,7 +47,7 @@ class ESA(nn.Module):
         # Cell k pools shrunken pixels 3k - 2 … 3k + 4; ceil_mode keeps a last, incomplete cell.
         cells = F.max_pool2d(self.shrink(features), 7, stride=3, padding=2, ceil_mode=True)
         wide = self.enlarge(self.coarse(cells))[..., :h, :w]
-        return torch.sigmoid(self.expand(wide + self.local(features)))
+        return self.gate(self.expand(wide + self.local(features)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.mask(x)

@@ -1,0 +1,71 @@
+"""The viewer of layers: names, outputs, pages, words instead of tracebacks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nbhelpers import models, show
+from nbhelpers.viewers import SHOWN, feature_panel, layers, output_of
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return models.build("EfficientSRNet", nf=16, blocks=2, scale=2)
+
+
+def test_layers_are_listed_in_the_order_of_the_pass(network):
+    names = layers(network)
+    assert names[0] == "head" and names[-1] == "tail"
+    assert names.index("body.0.depthwise") < names.index("body.0.attention.gate") < names.index("body.1.depthwise")
+
+
+def test_output_is_what_the_layer_gives(network):
+    x = torch.rand(3, 20, 24)
+    assert torch.allclose(output_of(network, x, "head"), network.head(x[None])[0])
+    gate = output_of(network, x, "body.0.attention.gate")
+    assert gate.shape == (16, 1, 1) and gate.min() > 0 and gate.max() < 1
+    assert not network.head._forward_hooks
+
+
+def test_whole_blocks_can_be_shown_too(network):
+    assert output_of(network, torch.rand(3, 20, 24), "body.0.attention").shape == (16, 20, 24)
+
+
+def test_unknown_layer_is_quoted(network):
+    with pytest.raises(ValueError, match=r"'nothing' is unknown.*body\.0\.depthwise"):
+        output_of(network, torch.rand(3, 20, 24), "nothing")
+
+
+def test_controls_change_the_picture(network):
+    rng = np.random.default_rng(0)
+    photos = {name: rng.integers(0, 256, (90, 150, 3), dtype=np.uint8) for name in ("a", "b")}
+    panel = feature_panel(network, photos)
+    seen = [panel.image.value]
+    for control, value in ((panel.page, 2), (panel.photo, "b"), (panel.layer, "body.1.attention.gate")):
+        control.value = value
+        seen.append(panel.image.value)
+    assert len(set(seen)) == 4 and all(seen)
+    assert panel.page.max == 1  # bars need one page
+    assert "16 channels" in panel.status.value
+    assert repr(panel.root) == repr(feature_panel(network, photos, "tail").root)
+
+
+def test_unreadable_photo_is_said_in_words(network, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    panel = feature_panel(network, {"a": np.zeros((40, 40, 3), np.uint8), "broken": broken})
+    panel.photo.value = "broken"
+    assert panel.maps is None and panel.image.value == b"" and "broken.png" in panel.status.value
+    with pytest.raises(ValueError, match="status line"):
+        panel.figure()
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((30, 5, 7), 12), ((4, 5, 7), 6), ((9, 1, 1), 1)])
+def test_figure_has_a_picture_per_channel(shape, axes):
+    fig = show.feature_maps(torch.randn(shape), most=SHOWN)
+    drawn = [a for a in fig.axes if a.images or a.patches]
+    assert len(fig.axes) >= min(axes, shape[0])
+    assert sum(bool(a.images) for a in drawn) == (0 if shape[-1] == 1 else min(SHOWN, shape[0]))

@@ -1,0 +1,130 @@
+"""What happens inside a network: the output of any of its layers for a photo, attention factors among them.
+
+:func:`feature_panel` returns an object with ``.root`` to display and named controls, as the panels do.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from . import panels, show
+from .images import ImageError, read_picture, to_tensor
+
+SHOWN = 12  # channels on one page
+SIDE = 128  # of the part of a photo that the network sees
+
+
+def layers(model: nn.Module) -> list[str]:
+    """Names of the layers that one pass calls, in this order: those whose output is one batch "b c h w"."""
+    called: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: object, out: object) -> None:
+            if isinstance(out, Tensor) and out.dim() == 4 and name not in called:
+                called.append(name)
+
+        return hook
+
+    leaves = [(name, m) for name, m in model.named_modules() if name and not any(m.children())]
+    _run(model, torch.zeros(3, 16, 16), {m: note(name) for name, m in leaves})
+    return called
+
+
+def output_of(model: nn.Module, picture: Tensor, layer: str) -> Tensor:
+    """Output "c h w" of a layer for a picture "3 h w" in [0, 1]. Raises ValueError for a layer that is not called."""
+    modules, found = dict(model.named_modules()), []
+    if layer not in modules:
+        raise ValueError(f"layer {layer!r} is unknown; the network has {', '.join(layers(model))}")
+    _run(model, picture, {modules[layer]: lambda module, given, out: found.append(out)})
+    if not found:
+        raise ValueError(f"layer {layer!r} is not called; choose one of {', '.join(layers(model))}")
+    return found[0][0].float()
+
+
+@torch.no_grad()
+def _run(model: nn.Module, picture: Tensor, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        model.eval()(picture[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class FeaturePanel:
+    """Choosers of photo, layer and page around a picture of channels; see :func:`feature_panel`.
+
+    Controls: ``photo, layer, page``; views: ``image, status``; ``maps`` holds what is shown, "c h w", None after an
+    error.
+    """
+
+    def __init__(self, model: nn.Module, photos: Mapping[str, Path | np.ndarray], layer: str | None = None):
+        self.model, self.photos, self.maps = model, dict(photos), None
+        names = layers(model)
+        wide = {"layout": {"width": "auto"}, "style": {"description_width": "5em"}}
+        self.photo = widgets.Dropdown(options=list(self.photos), description="Photo", **wide)
+        self.layer = widgets.Dropdown(options=names, value=layer or names[0], description="Layer", **wide)
+        self.page = widgets.IntSlider(min=1, max=1, description="Page", **wide)
+        self.image = widgets.Image(format="png", layout={"max_width": "100%", "width": "auto", "object_fit": "contain"})
+        self.status = widgets.HTML()
+        columns = {"display": "grid", "grid_template_columns": "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"}
+        controls = widgets.Box([self.photo, self.layer, self.page], layout=columns)
+        self.root = panels.Root([controls, self.status, self.image], layout={"width": "100%"})
+        for control in (self.photo, self.layer):
+            control.observe(lambda change: self.update(), "value")
+        self.page.observe(lambda change: self._paint(), "value")
+        self.update()
+
+    def _repr_mimebundle_(self, **kwargs: object) -> object:
+        return self.root._repr_mimebundle_(**kwargs)
+
+    def update(self) -> None:
+        """Run the network for the controls as they stand; problems appear in words."""
+        try:
+            photo = self.photos[self.photo.value]
+            rgb = photo if isinstance(photo, np.ndarray) else read_picture(photo).rgb
+            rows, columns = panels.crop_window(*rgb.shape[:2], SIDE)
+            self.maps = output_of(self.model, to_tensor(rgb[rows, columns]), self.layer.value)
+        except (ImageError, ValueError, RuntimeError) as error:
+            self.maps, self.image.value = None, b""
+            self.status.value = f"<div role='status'>⚠ {html.escape(str(error))}</div>"
+            return
+        single = self.maps.shape[-2:] == (1, 1)
+        self.page.max = 1 if single else -(-len(self.maps) // SHOWN)
+        self._paint()
+
+    def _paint(self) -> None:
+        if self.maps is None:
+            return
+        c, h, w = self.maps.shape
+        text = f"{self.layer.value}: {c} channels of {w} x {h} values, {self.maps.min():.2f} to {self.maps.max():.2f}"
+        self.status.value = f"<div role='status'>{html.escape(text)}</div>"
+        data = io.BytesIO()
+        self.figure().savefig(data, format="png", dpi=80)
+        self.image.value = data.getvalue()
+
+    def figure(self) -> Figure:
+        """What is shown, for places without a kernel. Raises ValueError after an error."""
+        if self.maps is None:
+            raise ValueError("there is nothing to draw: the panel's status line says why")
+        first = (self.page.value - 1) * SHOWN
+        return show.feature_maps(self.maps, first, SHOWN)
+
+
+def feature_panel(
+    model: nn.Module, photos: Mapping[str, Path | np.ndarray] | None = None, layer: str | None = None
+) -> FeaturePanel:
+    """A viewer of every layer's output for the middle of a photo (default: the bundled ones).
+
+    Channels are shown as pictures; factors that are one number per channel, as those of ECA-Lite, as bars.
+    """
+    return FeaturePanel(model, photos or panels.bundled_photos(), layer)
