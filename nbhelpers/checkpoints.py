@@ -6,7 +6,7 @@ import csv
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from torch import nn
 from . import models, runtime
 from .models.external import SUFFIXES, load_external
 
+EXPORTED = (".onnx", ".pt2")
+
 
 class CheckpointError(ValueError):
     """A network file that is missing, damaged, or of another architecture; the message says which and why."""
@@ -28,7 +30,10 @@ def _folder(folder: Path | None) -> Path:
 
 
 def available(folder: Path | None = None, kind: str | None = "upscaler") -> list[str]:
-    """Names of all networks of a kind (``upscaler``, ``discriminator``; None: any) with weights and a card, sorted."""
+    """Names of all networks of a kind with weights and a card, sorted.
+
+    Kinds: ``upscaler``, ``discriminator``, ``classifier``; None: any.
+    """
     names = sorted(p.stem for p in _folder(folder).glob("*.safetensors") if p.with_suffix(".json").is_file())
     return names if kind is None else [n for n in names if _kind(n, folder) == kind]
 
@@ -119,13 +124,13 @@ def load(
 ) -> nn.Module:
     """Build the network its card describes and fill in the weights; in eval mode, without gradients.
 
-    ``name`` is one of :func:`available`, a path to a ``.safetensors`` file with its card beside it, an ``.onnx`` file
-    of ours (:mod:`nbhelpers.deploy`), or a weight file of a published network (ESRGAN, SwinIR …; see
-    :mod:`nbhelpers.models.external`).
+    ``name`` is one of :func:`available`, a path to a ``.safetensors`` file with its card beside it, an ``.onnx`` or
+    ``.pt2`` file of ours (:mod:`nbhelpers.deploy`; open only those ``.pt2`` files whose maker you trust), or a weight
+    file of a published network (ESRGAN, SwinIR …; see :mod:`nbhelpers.models.external`).
     Raises CheckpointError for a missing or damaged file, a wrong SHA-256 (``check``) or other architecture.
     """
-    if Path(name).suffix == ".onnx":
-        return _load_onnx(Path(name))
+    if Path(name).suffix in EXPORTED:
+        return _load_exported(Path(name))
     weights, card_file = _paths(name, folder)
     if weights.suffix != ".safetensors" or (Path(name).suffix and not card_file.is_file()):
         try:
@@ -137,19 +142,26 @@ def load(
     if check and info.get("sha256") and sha256(weights) != info["sha256"]:
         raise CheckpointError(f"{weights.name} does not match the SHA-256 in its card: damaged or changed")
     try:
-        registry = models.DISCRIMINATORS if info.get("kind") == "discriminator" else models.REGISTRY
-        model = models.build(info["arch"], registry, **info["arguments"])
+        model = models.build(info["arch"], _registry(info.get("kind")), **info["arguments"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the card of {weights.stem} cannot be built: {error}") from error
     load_weights(model, weights)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _load_onnx(path: Path) -> nn.Module:
-    from .deploy import OnnxUpscaler  # which imports this file; and ONNX Runtime is needed only here
+def _registry(kind: str | None) -> Mapping[str, Callable[..., nn.Module]]:
+    if kind == "classifier":
+        from .models.resnet import CLASSIFIERS  # which takes torchvision's time
+
+        return CLASSIFIERS
+    return models.DISCRIMINATORS if kind == "discriminator" else models.REGISTRY
+
+
+def _load_exported(path: Path) -> nn.Module:
+    from .deploy import FORMATS  # which imports this file
 
     try:
-        return OnnxUpscaler(path).eval()
+        return FORMATS[path.suffix](path).eval()
     except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(str(error)) from error
 
