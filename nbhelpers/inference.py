@@ -120,11 +120,12 @@ def _check_tiling(tile: int | None, overlap: int | None) -> None:
 
 
 def _most_pixels(model: nn.Module, where: torch.device, precision: str) -> float:
-    """Input pixels for which a network's features fit into memory."""
+    """Input pixels for which a network's weights and features fit into memory."""
     x = torch.zeros(1, 3, PROBE, PROBE, device=where).contiguous(memory_format=torch.channels_last)
     with _evaluating(model), runtime.autocast(where, precision, keep_weights=False):
         per_pixel = max(1.0, peak_activations(model, x) / PROBE**2)
-    return runtime.memory_for(where) / per_pixel
+    weights = 2 * sum(p.nbytes for p in model.parameters())  # they are copied to another layout or precision
+    return max(1.0, (runtime.memory_for(where) - weights) / per_pixel)
 
 
 def _fit(most: float, halo: int, overlap: int | None) -> tuple[int, int]:

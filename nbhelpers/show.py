@@ -183,6 +183,33 @@ def heat_maps(layers: Mapping[str, tuple[Tensor, Tensor]], label: str, height: f
     return fig
 
 
+def feature_maps(maps: Tensor, first: int = 0, most: int = 12, columns: int = 6) -> Figure:
+    """Channels ``first`` … of a layer's output "c h w" on one colour scale; one number per channel ("c 1 1") as bars.
+
+    Blue is below zero, red above; factors between 0 and 1 go from black to yellow. The scale leaves out the one value
+    in a thousand that is largest, or a few outliers would turn everything else grey.
+    """
+    if maps.shape[-2:] == (1, 1):
+        fig, axis = _figure(figsize=(7.2, 2.6))
+        axis.bar(range(len(maps)), maps.flatten().tolist(), color=COLOURS[0])
+        axis.set(xlabel="channel", ylabel="value", xlim=(-1, len(maps)))
+        axis.grid(axis="y", alpha=0.3)
+        return fig
+    chosen = range(first, min(first + most, len(maps)))
+    rows = -(-len(chosen) // columns)
+    fig, axes = _figure(nrows=rows, ncols=columns, squeeze=False, figsize=(1.5 * columns + 0.8, 1.7 * rows))
+    factors = float(maps.min()) >= 0 and float(maps.max()) <= 1
+    top = 1.0 if factors else float(maps.abs().flatten().sort().values[int(0.999 * (maps.numel() - 1))]) or 1.0
+    style = {"cmap": "inferno", "vmin": 0} if factors else {"cmap": "RdBu_r", "vmin": -top}
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, i in zip(axes.flat, chosen, strict=False):
+        drawn = axis.imshow(maps[i].numpy(), vmax=top, interpolation="nearest", **style)
+        axis.set_title(str(i), fontsize=8)
+    fig.colorbar(drawn, ax=axes, shrink=0.9)
+    return fig
+
+
 def scatter(
     points: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, title: str | None = None, note: str = ""
 ) -> Figure:
@@ -260,8 +287,15 @@ def roofline(points: Mapping[str, tuple[float, float]], peaks: Mapping[str, floa
         axis.annotate(
             f"{name}: {top:,.0f} GFLOP/s", (right, top), (-4, 4), textcoords="offset points", ha="right", **grey
         )
-    along = {"rotation": math.degrees(math.atan(bandwidth)), "transform_rotates_text": True, "rotation_mode": "anchor"}
-    axis.text(left * 1.15, left * 1.4 * bandwidth, f"memory: {bandwidth:,.1f} GB/s", **along, **grey)
+    along = {"rotation": math.degrees(math.atan(1.3 * bandwidth)), "transform_rotates_text": True}
+    axis.text(
+        left * 1.15,
+        left * 1.15 * 1.3 * bandwidth,
+        f"memory: {bandwidth:,.1f} GB/s",
+        rotation_mode="anchor",
+        **along,
+        **grey,
+    )
     axis.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, above))
     axis.set(xlabel="arithmetic intensity (FLOP per byte moved)", ylabel="GFLOP/s")
     axis.grid(alpha=0.3)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import warnings
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -176,49 +171,6 @@ def test_wrong_options(options, why):
 def test_wrong_pictures(wrong):
     with pytest.raises(ValueError, match=r"expected a uint8 array.*got .*\("):
         upscale(network(), wrong)
-
-
-PEAK = """
-import sys
-from pathlib import Path
-import numpy as np, torch
-from PIL import Image
-from nbhelpers import inference, models
-
-def memory(what):  # VmRSS now, VmHWM at most; getrusage would count the parent process that started this one
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
-
-folder, side = Path(sys.argv[1]), inference.AUTO_TILE + 8
-torch.set_num_threads(1)
-before = memory("VmRSS")
-inference.upscale(models.build("ESPCN", scale=2, channels=128), np.zeros((side, side, 3), np.uint8), tile=0)
-one_tile = memory("VmHWM") - before
-Image.fromarray(np.tile(np.arange(250, dtype=np.uint8)[None, :, None], (4000, 24, 3))).save(folder / "in.bmp")
-inference.upscale_file(models.build("ESPCN", scale=2, channels=1), folder / "in.bmp", folder / "out.jpg")
-print(one_tile, memory("VmHWM"))
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's count of peak memory")
-def test_memory_of_a_24_megapixel_photo_is_bounded(tmp_path):
-    """A photo of 6000x4000 at x2 within 1.5 GB beside the decoded pictures, the Python process itself included.
-
-    With 128 channels that takes minutes on a CPU. Peak memory is at most what a full run needs with one channel
-    plus what the largest tile needs with 128, and both are measured here; that no tile is larger is checked.
-    """
-    jobs = list(inference._tiles(4000, 6000, inference.AUTO_TILE, 4, inference.LEAST_AREA))
-    largest = max((j.seen[0].stop - j.seen[0].start) * (j.seen[1].stop - j.seen[1].start) for j in jobs)
-    assert largest <= (inference.AUTO_TILE + 8) ** 2
-    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
-    one_tile, full = map(int, done.stdout.split())
-    pictures = 3 * (6000 * 4000 + 12000 * 8000)
-    assert one_tile > 2 * 128 * 4 * inference.AUTO_TILE**2 * 0.9, "the tile's features were really held"
-    print(f"one tile {one_tile / 1e6:.0f} MB, full run {full / 1e6:.0f} MB, pictures {pictures / 1e6:.0f} MB")
-    assert full + one_tile - pictures < 1.5e9
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # 96 megapixels
-        assert Image.open(tmp_path / "out.jpg").size == (12000, 8000)
 
 
 # --- files ----------------------------------------------------------------------------------------------------

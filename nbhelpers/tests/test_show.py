@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
 from nbhelpers import show
@@ -53,3 +55,41 @@ def test_small_png_keeps_the_colours_of_the_lines():
 def test_only_figures_with_photos_are_stored_as_jpeg():
     assert show._has_photos(show.side_by_side({"a": torch.rand(3, 8, 8)}))
     assert not show._has_photos(show.intervals(ROWS, "dB"))
+
+
+def test_bars_of_all_parts_and_shares():
+    shares = {"flops_share": 0.75, "bytes_share": 0.5, "ms_share": 0.004}
+    rest = {key: 1 - value for key, value in shares.items()}
+    rows = [{"part": "head", **shares}, {"part": "blocks", **rest}, {"part": "total", **dict.fromkeys(shares, 1.0)}]
+    fig = show.module_bars({"a": rows, "b": rows[1:]}, title="t")
+    left, right = fig.axes
+    assert [t.get_text() for t in left.get_yticklabels()] == ["head", "blocks"] and left.yaxis_inverted()
+    assert [[round(bar.get_width(), 3) for bar in bars] for bars in left.containers] == [
+        [75, 25],
+        [50, 50],
+        [0.4, 99.6],
+    ]
+    assert [t.get_text() for t in right.get_yticklabels()] == ["blocks"] and left.get_ylim() == right.get_ylim()
+    assert "< 1 %" in [t.get_text() for t in left.texts], "a part too small for its bar is not nothing"
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["FLOPs", "bytes moved", "milliseconds"]
+    one = show.module_bars({"a": rows}, {"ms_share": "time"})
+    assert len(one.axes) == 1 and len(one.axes[0].containers) == 1
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.02, 2.0])
+def test_names_in_the_roofline_cover_neither_each_other_nor_a_point(spread):
+    points = {f"network {i}": (20 * (1 + spread * i), 100 / (1 + spread * (i % 3))) for i in range(8)}
+    peaks = {"fp32": 257.0, "bf16": 1800.0, "bandwidth": 18.0}
+    fig = show.roofline(points | {"shuffle": (0.0, 5.0)}, peaks, "t")
+    fig.draw_without_rendering()
+    (axis,) = fig.axes
+    names = [t for t in axis.texts if t.get_text().startswith("network")]
+    assert len(names) == 8 and not any("shuffle" in t.get_text() for t in axis.texts), "no arithmetic, no point"
+    boxes = [Text.get_window_extent(t) for t in names]  # of an annotation it would be with its line
+    assert all(not a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    marks = axis.transData.transform(list(points.values()))
+    assert not any(box.contains(*mark) for box in boxes for mark in marks)
+    assert all(axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 for box in boxes)
+    roofs = [line.get_xydata() for line in axis.lines if len(line.get_xdata()) == 3]
+    for (_, ridge, end), top in zip(roofs, (257.0, 1800.0), strict=True):
+        assert tuple(ridge) == pytest.approx((top / 18, top)) and end[1] == top, "memory up to the ridge, then level"
