@@ -105,7 +105,9 @@ class SamplePictures(Callback):
         step = module.steps
         if step % module.cfg.trainer.sample_every or not is_main_process() or not module.validation:
             return
-        sheet = sample_sheet(module.final, module.validation[:SAMPLES])
+        scale = module.final.scale  # a network for any scale is validated at others too
+        pairs = [(lr, hr) for lr, hr in module.validation if hr.shape[-1] == lr.shape[-1] * scale]
+        sheet = sample_sheet(module.final, pairs[:SAMPLES])
         save_image(sheet, self.folder / f"step_{step:06d}.png")
         if trainer.logger:
             trainer.logger.experiment.add_image("bicubic, network, original", sheet, step)

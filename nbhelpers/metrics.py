@@ -7,6 +7,7 @@ pictures clamped and rounded to 8 bits. ``data/README.md`` states which downscal
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from pathlib import Path
 
@@ -27,10 +28,11 @@ NAMES = {
 }
 
 
-def protocol(scale: int, lr: str = "MATLAB-style bicubic") -> str:
+def protocol(scale: float, lr: str = "MATLAB-style bicubic") -> str:
     """The line that belongs under every table of results."""
+    border = math.ceil(scale)
     return (
-        f"x{scale}; LR: {lr}; PSNR and SSIM on Y (BT.601, 16-235), border {scale} px cut, pictures rounded to "
+        f"x{scale:g}; LR: {lr}; PSNR and SSIM on Y (BT.601, 16-235), border {border} px cut, pictures rounded to "
         "8 bits, SSIM 11x11 Gaussian sigma 1.5 valid region; LPIPS: SqueezeNet 1.1 on RGB, whole picture"
     )
 
@@ -47,7 +49,8 @@ def rgb_to_y(rgb: Tensor, full_range: bool = False) -> Tensor:
     return y if full_range else y + 16
 
 
-def _prepare(sr: Tensor, hr: Tensor, border: int) -> tuple[Tensor, Tensor]:
+def _prepare(sr: Tensor, hr: Tensor, border: float) -> tuple[Tensor, Tensor]:
+    border = math.ceil(border)  # of a fractional scale
     if sr.shape != hr.shape or sr.dim() != 3:
         raise ValueError(f"need two pictures 'c h w' of the same shape, got {tuple(sr.shape)} and {tuple(hr.shape)}")
     if not (sr.is_floating_point() and hr.is_floating_point()):
@@ -134,7 +137,7 @@ def lpips_squeeze(sr: Tensor, hr: Tensor) -> float | None:
     return float(_lpips_network()(a, b, normalize=True).mean())
 
 
-def compare(sr: Tensor, hr: Tensor, scale: int, lpips: bool = True) -> dict[str, float | None]:
+def compare(sr: Tensor, hr: Tensor, scale: float, lpips: bool = True) -> dict[str, float | None]:
     """All metrics of one picture: keys of ``NAMES``. Pictures (3, h, w), nominally in [0, 1]."""
     a, b = _prepare(sr, hr, scale)
     ya, yb = rgb_to_y(a), rgb_to_y(b)

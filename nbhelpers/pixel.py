@@ -124,9 +124,14 @@ class PixelModule(pl.LightningModule):
         lr, hr = (x.float().div_(255) for x in batch)
         return self.objective(lr, hr)[1]
 
+    def predict(self, lr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
+        """(sr, what it should be): all of ``hr``, or the part of it that is trained on in this step."""
+        return self.model(lr), hr
+
     def objective(self, lr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
         """(sr, loss) of one step; lr and hr "b 3 h w" in [0, 1]. Needs no Trainer."""
-        sr = self.model(lr.contiguous(memory_format=self.layout)).float()
+        sr, hr = self.predict(lr.contiguous(memory_format=self.layout), hr)
+        sr = sr.float()
         total, terms = self.loss(sr, hr)
         advice = f"lower optimizer.lr (now {self.cfg.optimizer.lr}) or set trainer.gradient_clip_val"
         self.note("the loss", advice, train_loss=total, **terms)
@@ -168,10 +173,14 @@ class PixelModule(pl.LightningModule):
 
         NaN without pictures, and for LPIPS without its weights. Raises TrainingError where the network gives NaN.
         """
+        return self.scores(self.final, self.validation)
+
+    def scores(self, network: nn.Module, pictures: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """:meth:`validate` of a network on (lr, hr) pictures."""
         psnr, lpips = [], []
-        for lr, hr in self.validation:
-            sr = upscale(self.final, lr)
-            psnr.append(psnr_y(sr, hr, self.final.scale))
+        for lr, hr in pictures:
+            sr = upscale(network, lr)
+            psnr.append(psnr_y(sr, hr, network.scale))
             if math.isnan(psnr[-1]):
                 raise TrainingError(
                     f"the network gives NaN at step {self.steps}: its weights are damaged; the last good state is "

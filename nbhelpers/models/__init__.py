@@ -3,6 +3,9 @@
 An upscaler takes "b 3 h w" in [0, 1] and returns the enlarged picture unclamped; it has ``scale`` (int) and
 ``halo`` (radius of its receptive field in input pixels, or None where it is global). One that is not the same at
 every pixel has ``grid``: shifting its input by so many pixels shifts the output alike, and tiles begin there.
+
+A network for any scale also has ``at(scale)``, the same network with another ``scale``, which may then be a fraction
+or (y, x); its own ``scale`` is what it enlarges by where none is asked for. See :mod:`nbhelpers.models.continuous`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from .discriminators import DilatedDiscriminator
 from .efficient_srnet import EfficientSRNet, LeanSRNet
 from .espcn import ESPCN, StagedESPCN
 from .external import rrdbnet
+from .lmf import LIIF, LMLTE, LTE
 from .plain import PlainSR
 from .rlfn import M23_RLFN
 from .rrdb import DilatedRRDBNet
@@ -24,6 +28,9 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "DilatedRRDBNet": DilatedRRDBNet,
     "ESPCN": ESPCN,
     "EfficientSRNet": EfficientSRNet,
+    "LIIF": LIIF,
+    "LMLTE": LMLTE,
+    "LTE": LTE,
     "LeanSRNet": LeanSRNet,
     "M23_RLFN": M23_RLFN,
     "PlainSR": PlainSR,

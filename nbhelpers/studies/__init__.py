@@ -23,7 +23,7 @@ from ..images import find_images, load_image
 from ..inference import upscale
 from ..runtime import write_csv as write
 
-STUDIES = ("espcn", "set5", "vgg", "pooling", "gan", "rrdb", "m23_init", "erblock", "damaged")
+STUDIES = ("espcn", "set5", "vgg", "pooling", "gan", "rrdb", "m23_init", "erblock", "damaged", "cmsr")
 QUICK = ["trainer.max_steps=4", "trainer.val_every=4"]
 Row = dict[str, object]
 
@@ -69,7 +69,7 @@ def _number(text: str) -> object:
     return text
 
 
-def _fingerprint(cfg: object) -> str:
+def fingerprint(cfg: object) -> str:
     """Short hash of everything that decides a run's result; runs made with other settings are done again."""
     settings = OmegaConf.to_container(cfg, resolve=True)
     settings.pop("name", None), settings.pop("resume", None)
@@ -86,16 +86,17 @@ def jobs(study: Study, quick: bool = False) -> list[tuple[str, int, object, str]
     for seed in study.seeds[: 1 if quick else None]:
         for variant, overrides in study.variants.items():
             cfg = make([*overrides, f"seed={seed}", *(study.quick if quick else ())])
-            out.append((variant, seed, cfg, _fingerprint(cfg)))
+            out.append((variant, seed, cfg, fingerprint(cfg)))
     return out
 
 
-def run_study(study: Study, fresh: bool = False, quick: bool = False) -> Path:
-    """Train what is missing and write the tables after every run; ``quick`` writes to ``runs/`` instead."""
+def run_study(study: Study, fresh: bool = False, quick: bool = False, folder: Path | None = None) -> Path:
+    """Train what is missing and write the tables after every run, to ``data/results`` unless a folder is given;
+    ``quick`` writes to ``runs/`` instead."""
     from ..training import fit
 
     train = study.train or functools.partial(fit, keep=False)
-    folder = runtime.RUNS / "quick_results" if quick else runtime.RESULTS
+    folder = runtime.RUNS / "quick_results" if quick else folder or runtime.RESULTS
     tables = {t: [] if fresh or quick else read(study.path(t, folder)) for t in study.tables}
     todo = jobs(study, quick)
     wanted = {(v, s, h) for v, s, _, h in todo}

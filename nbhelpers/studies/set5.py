@@ -27,7 +27,8 @@ def run(fresh: bool = False, quick: bool = False) -> Path:
     runtime.set_threads()
     jobs = [("bicubic", s) for s in (2, 3, 4)]
     # Networks a reader trained under names of their own stay out of the README.
-    jobs += [(n, checkpoints.card(n)["scale"]) for n in checkpoints.available() if n in experiments()]
+    cards = [checkpoints.card(n) for n in checkpoints.available() if n in experiments()]
+    jobs += [(c["name"], s) for c in cards for s in ((2, 3, 4) if "scales" in c else (c["scale"],))]
     rows = []
     for name, scale in jobs[: 1 if quick else None]:
         result = evaluate(name, *folders(scale), scale)
