@@ -20,6 +20,11 @@ def _add_inference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16", "fp16"], help=text)
 
 
+def scale(text: str) -> float:
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
 def _inference_options(args: argparse.Namespace) -> dict:
     return {k: getattr(args, k) for k in ("tile", "overlap", "device", "precision")}
 
@@ -107,7 +112,8 @@ def _list(args: argparse.Namespace) -> int:
     for c in cards:
         score = c.get("metrics", {}).get("val_psnr_y")
         text = "–" if score is None else f"{score:.2f}"
-        print(f"{c['name']:<24}{c['arch']:<16}{c.get('scale', '–'):>6}{c['parameters']:>12,}{text:>12}")
+        scale = "–".join(f"{s:g}" for s in c["scales"]) if "scales" in c else c.get("scale", "–")
+        print(f"{c['name']:<24}{c['arch']:<16}{scale:>6}{c['parameters']:>12,}{text:>12}")
     return 0
 
 
@@ -169,6 +175,7 @@ def _damage(args: argparse.Namespace) -> int:
     return degradation.run(args)
 
 
+SCALE = "needed for bicubic, free (2.7) for networks for any scale, otherwise checked against the network"
 MODEL = "name from `list`, a file (.safetensors; .onnx, .pt2; .pth of ESRGAN, SwinIR …), or bicubic"
 
 
@@ -186,7 +193,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("inputs", nargs="+", metavar="IN", help="files or folders (folders recursively)")
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="folder, or a file for a single input file")
     p.add_argument("--model", default="espcn_x4", help=MODEL)
-    p.add_argument("--scale", type=int, help="needed for bicubic; otherwise checked against the network")
+    p.add_argument("--scale", type=scale, help=SCALE)
     p.add_argument("--format", default=".png", choices=[".png", ".jpg", ".webp", "same"], help="default: %(default)s")
     p.add_argument("--skip-existing", action="store_true", help="continue an interrupted folder run")
     _add_inference(p)
@@ -196,7 +203,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help=MODEL)
     p.add_argument("--hr", required=True, help="folder of originals")
     p.add_argument("--lr", help="folder of matching small pictures (default: made by MATLAB-style bicubic)")
-    p.add_argument("--scale", type=int, help="needed for bicubic; otherwise checked against the network")
+    p.add_argument("--scale", type=scale, help=SCALE)
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--no-lpips", action="store_true", help="leave LPIPS out (faster)")
     _add_inference(p)
@@ -211,9 +218,16 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("--show", action="store_true", help="print the whole configuration and stop")
     p.set_defaults(run=_train)
 
+    p = commands.add_parser("classify", help="picture classifiers: train, sweep, evaluate, infer, tracked runs")
+    if command in (None, "classify"):
+        from .classify_cli import add_arguments
+
+        add_arguments(p)
+
     p = commands.add_parser("study", help="run a notebook's controlled comparison; results go to data/results")
     p.add_argument(
-        "name", help="set5 (README's table), or espcn, vgg, pooling, gan, rrdb, m23_init, erblock, damaged (the notebooks')"
+        "name",
+        help="set5 (README's table); the notebooks' espcn, vgg, pooling, gan, rrdb, m23_init, erblock, damaged, cmsr",
     )
     p.add_argument("--fresh", action="store_true", help="drop finished runs and start again (default: resume)")
     p.add_argument("--quick", action="store_true", help="a few steps per run, written to runs/, to see that it works")

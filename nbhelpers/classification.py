@@ -68,7 +68,8 @@ def evaluate_classifier(model: nn.Module, pictures: LabelledPictures, batch: int
 class ClassifierModule(pl.LightningModule):
     """Trains ``model`` ("b c h w" in [0, 1] → logits) on batches (uint8 images, labels) with cross-entropy.
 
-    ``test`` is scored after every epoch for the record; nothing is chosen by it.
+    ``test`` is scored after every epoch for the record; nothing is chosen by it. A subclass may have an ``optimizer``,
+    ways to ``prepare`` training pictures and ``scores`` of its own.
     """
 
     def __init__(self, model: nn.Module, settings: ClassifierTraining, test: LabelledPictures):
@@ -77,16 +78,28 @@ class ClassifierModule(pl.LightningModule):
         self.history: list[dict[str, float]] = []
         self.epoch_loss = MeanMetric(nan_strategy="disable")  # a NaN must show
 
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam over all parameters."""
+        return torch.optim.Adam(self.parameters(), self.settings.lr, weight_decay=self.settings.weight_decay)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 training pictures as the network gets them."""
+        return to_float(images)
+
+    def scores(self) -> dict[str, float]:
+        """What is measured after an epoch; leaves the network in eval mode."""
+        return {f"test_{key}": value for key, value in evaluate_classifier(self.model, self.test).items()}
+
     def configure_optimizers(self):
-        s = self.settings
-        adam = torch.optim.Adam(self.parameters(), s.lr, weight_decay=s.weight_decay)
-        steps = self.trainer.estimated_stepping_batches
-        cycle = torch.optim.lr_scheduler.OneCycleLR(adam, s.lr, steps, pct_start=0.2, cycle_momentum=False)
-        return {"optimizer": adam, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+        optimizer, steps = self.optimizer(), self.trainer.estimated_stepping_batches
+        cycle = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.settings.lr, steps, pct_start=0.2, cycle_momentum=False
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self.model(to_float(images)).float(), labels)
+        loss = F.cross_entropy(self.model(self.prepare(images)).float(), labels)
         self.epoch_loss.update(loss.detach(), len(labels))
         return loss
 
@@ -97,10 +110,9 @@ class ClassifierModule(pl.LightningModule):
             raise TrainingError(
                 f"the loss became {loss} in epoch {self.current_epoch + 1} (learning rate {self.settings.lr}); lower lr"
             )
-        scores = evaluate_classifier(self.model, self.test)
+        scores = self.scores()
         self.model.train()
-        row = {"epoch": self.current_epoch + 1, "step": self.global_step, "train_loss": loss}
-        self.history.append(row | {f"test_{key}": value for key, value in scores.items()})
+        self.history.append({"epoch": self.current_epoch + 1, "step": self.global_step, "train_loss": loss, **scores})
 
 
 def fit_classifier(
