@@ -172,7 +172,7 @@ def pixels(page) -> list[int]:
     )
 
 
-def waits_for_change(page, before: list[int], what: str, seconds: float = 10) -> list[int]:
+def waits_for_change(page, before: list[int], what: str, seconds: float = 30) -> list[int]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         now = pixels(page)
