@@ -176,7 +176,9 @@ def _damage(args: argparse.Namespace) -> int:
 
 
 SCALE = "needed for bicubic, free (2.7) for networks for any scale, otherwise checked against the network"
-MODEL = "name from `list`, a file (.safetensors; .onnx, .pt2; .pth of ESRGAN, SwinIR …), or bicubic"
+MODEL = (
+    "name from `list`, a file (.safetensors, .onnx, .pth of ESRGAN, SwinIR …; .pt2 if you trust its maker), or bicubic"
+)
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

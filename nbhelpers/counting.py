@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 REST = "between"  # what a network computes itself, outside its parts: sums, concatenations
 # The parts of the networks by the names of their children; others keep their own name.
@@ -71,6 +70,9 @@ def peak_activations(model: nn.Module, x: torch.Tensor) -> int:
 
 def flops(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Floating-point operations (2 per multiply-add) of one forward pass on an input of ``shape``."""
+    # Here, for it imports triton: 70 MB that enlarging a picture can do without.
+    from torch.utils.flop_counter import FlopCounterMode
+
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(shape, device=device))
@@ -122,6 +124,8 @@ def count(model: nn.Module, shape: tuple[int, int, int, int]) -> list[dict]:
     counts them. Bytes are what each operation reads (weights too) and writes, 4 per value, as if nothing stayed in a
     cache between two operations; ``intensity`` is FLOPs per byte, and twice that in 2-byte precision.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     x = torch.zeros(shape, device=next(model.parameters()).device)
     ledger = _Ledger()
     labelling = watching(model, ledger.enter, ledger.leave)

@@ -28,11 +28,12 @@ the types in the file, which the package nvidia-modelopt changes first:
 In int8: python -m modelopt.onnx.quantization --onnx_path FILE.onnx --quantize_mode int8 --calibration_data lr.npy.
 TensorRT wants zero points of 0; the files of `python -m nbhelpers quantize` have others and are for ONNX Runtime.
 
-Phones: ONNX Runtime Mobile reads FILE.onnx and the files of `quantize` as they are (XNNPACK, NNAPI or Core ML
-underneath). The others start from program = torch.export.load("FILE.pt2"):
+Phones: ONNX Runtime's packages for Android and iOS read FILE.onnx and the files of `quantize` as they are. The others
+begin with program = torch.export.load("FILE.pt2") or network = nbhelpers.checkpoints.load("NAME"):
   ExecuTorch  to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
   Core ML     coremltools.convert(program.run_decompositions({}))
-  LiteRT      litert_torch.convert(program.module(), (torch.rand(1, 3, 256, 256),))
+  LiteRT      litert_torch.convert(network, (torch.rand(1, 3, 256, 256),))
+Those that plan memory ahead want the largest height and width: torch.export.export with torch.export.Dim(max=...).
 """
 
 

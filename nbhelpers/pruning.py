@@ -26,7 +26,7 @@ from . import checkpoints, models, runtime
 WIDTHS = ("channels", "n_feats", "nf")  # what our classes call their width
 SIDE = 24  # pixels of the picture whose channels are followed
 BATCHES, BATCH = 8, 16  # of patches of that side, for the importance by Taylor expansion
-RATE = 0.2  # of the source's learning rate, when the narrower network is trained on
+RATE = 0.5  # of the source's learning rate, when the narrower network is trained on
 # Operations that change the picture's size or count its values, not its channels.
 SPATIAL = {
     "alias", "avg_pool2d", "clone", "constant_pad_nd", "max_pool2d_with_indices",
@@ -280,7 +280,7 @@ def pruned(cfg: DictConfig) -> nn.Module:
 def tuning(
     info: Mapping[str, object], changes: Mapping[str, object], steps: int, overrides: Sequence[str]
 ) -> DictConfig:
-    """The configuration that trains a pruned network on: its source's own, shorter and at a fifth of the rate.
+    """The configuration that trains a pruned network on: its source's own, shorter and at half the rate.
 
     ``changes`` are whole keys, ``overrides`` texts KEY=VALUE of keys that are there. ``steps`` are rounded up to whole
     validations. Raises PruningError where the card does not say how the source was trained, and for a wrong override.
@@ -321,9 +321,10 @@ def prune(
     info = checkpoints.card(model)
     if info.get("kind", "upscaler") != "upscaler":
         raise PruningError(f"{str(model)!r} is a {info['kind']}, not an upscaler; choose one from `list`")
+    checkpoints.load(model)  # first: a damaged file or card is told as such
     arguments, _, _ = narrower(info, ratio, multiple)
-    if steps < 0:
-        raise ValueError(f"steps {steps} must be at least 0")
+    if steps < 0 or Path(name).name != name:
+        raise ValueError(f"steps {steps} must be at least 0, and the new name {name!r} no path")
     changes = {"name": name, "init_from": str(model), "model": arguments, "prune": {"importance": importance}}
     if steps:
         from .training import train
@@ -349,7 +350,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--multiple", type=int, default=8, metavar="N", help=text)
     text = "what makes a channel worth keeping (default: taylor, what the loss on photos would change without it)"
     parser.add_argument("--importance", default="taylor", choices=["taylor", "magnitude"], help=text)
-    text = "steps of training afterwards, with the network's own configuration at a fifth of its rate; 0: none"
+    text = "steps of training afterwards, with the network's own configuration at half its rate; 0: none"
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help=f"{text} (default: %(default)s)")
     text = "change the configuration of that training; may be given more than once, e.g. --set data.roots=[bundled]"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)

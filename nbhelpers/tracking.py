@@ -6,6 +6,7 @@ MLflow's local store is one SQLite file, ``runs/mlflow.db``; ``pip install mlflo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -72,17 +73,32 @@ def _tensorboard(cfg: DictConfig, folder: Path | None, resumed: bool) -> object 
 def _mlflow(cfg: DictConfig, folder: Path | None, resumed: bool) -> object:
     from pytorch_lightning.loggers import MLFlowLogger
 
-    uri = store_uri(cfg.mlflow.tracking_uri)
-    _client(uri)
+    uri = _experiment(cfg)
     number = folder / RUN_ID if folder else None
     known = number.read_text().strip() if resumed and number.is_file() else None
-    # Nothing of ours is stored there; the default would be a folder wherever the command happened to run.
-    files = str((runtime.RUNS / "mlflow_files").absolute()) if uri.startswith("sqlite") else None
-    logger = MLFlowLogger(cfg.mlflow.experiment, str(cfg.name), uri, run_id=known, artifact_location=files)
+    logger = MLFlowLogger(cfg.mlflow.experiment, str(cfg.name), uri, run_id=known)
     if number and logger.run_id and logger.run_id != known:
         with runtime.atomic_path(number) as part:
             part.write_text(logger.run_id)
     return logger
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Make MLflow's store and experiment where ``logger`` names it; before several processes want to at once."""
+    if cfg.logger in ("mlflow", "both"):
+        with contextlib.suppress(ModuleNotFoundError):
+            _experiment(cfg)
+
+
+def _experiment(cfg: DictConfig) -> str:
+    """Make the experiment where it is not there; returns the address of its store."""
+    uri = store_uri(cfg.mlflow.tracking_uri)
+    client, name = _client(uri), cfg.mlflow.experiment
+    if client.get_experiment_by_name(name) is None:
+        # Nothing of ours is stored there; the default would be a folder wherever the command happens to run.
+        files = str((runtime.RUNS / "mlflow_files").absolute()) if uri.startswith("sqlite") else None
+        client.create_experiment(name, files)
+    return uri
 
 
 def _client(uri: str) -> object:
@@ -124,8 +140,8 @@ def tracked_runs(experiment: str = "classify", tracking_uri: str | None = None) 
         if not (token := page.token):
             break
     rows = [
-        {"name": run.info.run_name, "status": run.info.status, **dict(sorted({**run.data.params}.items()))}
-        | {key: value for key, value in sorted(run.data.metrics.items())}
+        {"name": run.info.run_name, "status": run.info.status, **dict(sorted(run.data.params.items()))}
+        | dict(sorted(run.data.metrics.items()))
         for run in runs
     ]
     columns = dict.fromkeys(key for row in rows for key in row)

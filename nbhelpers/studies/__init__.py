@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,9 +93,29 @@ def jobs(study: Study, quick: bool = False) -> list[tuple[str, int, object, str]
     return out
 
 
-def run_study(study: Study, fresh: bool = False, quick: bool = False, folder: Path | None = None) -> Path:
-    """Train what is missing and write the tables after every run, to ``data/results`` unless a folder is given;
-    ``quick`` writes to ``runs/`` instead."""
+def _train_and_measure(study_train: Callable, measure: Callable, cfg: object) -> dict[str, list[Row]]:
+    return measure(study_train(cfg), cfg)
+
+
+@contextlib.contextmanager
+def _mapping(processes: int) -> Iterator[Callable]:
+    """``map``, or one that does the same in so many processes of one thread each."""
+    if processes == 1:
+        yield map
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, runtime.set_threads, (1,)) as pool:
+        yield pool.map
+
+
+def run_study(
+    study: Study, fresh: bool = False, quick: bool = False, folder: Path | None = None, processes: int = 1
+) -> Path:
+    """Train what is missing and write the tables after every run, to ``data/results`` unless a folder is given.
+
+    ``quick`` writes to ``runs/`` instead. Several ``processes`` train one run each, where the study's functions can be
+    pickled.
+    """
     from ..training import fit
 
     train = study.train or functools.partial(fit, keep=False)
@@ -104,12 +127,15 @@ def run_study(study: Study, fresh: bool = False, quick: bool = False, folder: Pa
         tables[t] = [r for r in rows if (r["variant"], r["seed"], str(r["settings"])) in wanted]
     done = {(r["variant"], r["seed"]) for r in tables[""]}
     missing = [job for job in todo if job[:2] not in done]
-    for variant, seed, cfg, settings in (bar := tqdm(missing, desc=study.name, unit="run")):
-        bar.set_postfix_str(f"{variant}, seed {seed}")
-        measured = study.measure(train(cfg), cfg)
-        for t in study.tables:
-            tables[t] += [{"variant": variant, "seed": seed, "settings": settings, **r} for r in measured[t]]
-            write(study.path(t, folder), tables[t])
+    one = functools.partial(_train_and_measure, train, study.measure)
+    with _mapping(min(processes, len(missing) or 1)) as each:
+        results = each(one, [job[2] for job in missing])
+        for variant, seed, _, settings in (bar := tqdm(missing, desc=study.name, unit="run")):
+            bar.set_postfix_str(f"{variant}, seed {seed}")
+            measured = next(results)
+            for t in study.tables:
+                tables[t] += [{"variant": variant, "seed": seed, "settings": settings, **r} for r in measured[t]]
+                write(study.path(t, folder), tables[t])
     return study.path("", folder)
 
 

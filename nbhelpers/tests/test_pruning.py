@@ -35,7 +35,7 @@ def network(arch: str, **changes: object) -> nn.Module:
 
 @pytest.mark.parametrize("arch", NETWORKS)
 def test_channels_that_do_nothing_can_be_cut_away(arch):
-    """Widen a network by channels of small weights that are read by nobody: pruning gives the narrow one back."""
+    """Where nothing reads some channels, the network made of the others gives the very same pictures."""
     width, arguments = NETWORKS[arch]
     large = network(arch)
     narrow = {width: arguments[width] * 3 // 4}
@@ -169,6 +169,7 @@ def test_without_training(photos, capsys):
         (["--ratio", "0.9"], "ratio 0.9 leaves no channel of 12 in multiples of 8"),
         (["--ratio", "0.01", "--multiple", "4"], "ratio 0.01 removes no channel of 12"),
         (["--steps", "-1"], "steps -1 must be at least 0"),
+        (["-o", "a/new"], "the new name 'a/new' no path"),
         (["--set", "data.bach=3"], "--set data.bach=3: .*bach"),
         (["--set", "data.roots=[nowhere]"], "no folder .*nowhere"),
     ],
@@ -187,6 +188,10 @@ def test_what_is_no_network_of_ours(photos, capsys):
     assert "the card of 'bare' does not say how it was trained; use --steps 0" in capsys.readouterr().err
     assert main(["prune", "net.onnx", "-o", "new"]) == 2
     assert "net.onnx is an exported file; prune the network it was made from" in capsys.readouterr().err
+    card = runtime.CHECKPOINTS / "bare.json"
+    card.write_text(card.read_text().replace('"ESPCN"', '"ESPCM"'))
+    assert main(["prune", "bare", "-o", "new"]) == 2
+    assert "the card of bare cannot be built: architecture 'ESPCM' is unknown" in capsys.readouterr().err
     assert main(["prune", "nothing", "-o", "new"]) == 2
     assert "no network 'nothing'" in capsys.readouterr().err
 
