@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -16,6 +18,12 @@ needs_shared = pytest.mark.skipif(
 def one_thread():
     """Tests are small; more threads than cores left would only make them wait."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c():
+    """Processes started from a script in the background inherit that Ctrl-C is ignored; tests send it to theirs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
