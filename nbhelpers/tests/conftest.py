@@ -6,8 +6,10 @@ import signal
 
 import pytest
 import torch
+from torch import nn
 
 from nbhelpers import runtime
+from nbhelpers.images import save_image
 
 needs_shared = pytest.mark.skipif(
     runtime.shared() is None, reason="needs the optional pack ../shared (Set5, LPIPS weights), which is not here"
@@ -32,3 +34,15 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(runtime, "CHECKPOINTS", tmp_path / "checkpoints")
     return tmp_path
+
+
+@pytest.fixture
+def small_photos(runs, monkeypatch):
+    """Two smooth random pictures of 200x208 in place of the bundled training photos, and one for validation."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("train/a", "train/b", "val/c"):
+        small = torch.rand(1, 3, 14, 15, generator=generator)
+        picture = nn.functional.interpolate(small, size=(200, 208), mode="bicubic")[0].clamp(0, 1)
+        save_image(picture, runs / "photos" / f"{name}.png")
+    monkeypatch.setattr(runtime, "PHOTOS", runs / "photos")
+    return runs

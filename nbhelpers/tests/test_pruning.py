@@ -11,7 +11,6 @@ from torch import nn
 from nbhelpers import checkpoints, deploy, inference, models, pruning, runtime
 from nbhelpers.__main__ import main
 from nbhelpers.experiments import compose
-from nbhelpers.images import save_image
 
 NETWORKS = {
     "ESPCN": ("channels", {"scale": 3, "channels": 8, "batch_norm": True}),
@@ -115,20 +114,14 @@ def test_networks_that_cannot_be_followed():
 
 
 @pytest.fixture
-def photos(runs, monkeypatch):
-    """A folder with small photos as all named collections, and a trained network "net"."""
-    generator = torch.Generator().manual_seed(0)
-    for name in ("train/a", "train/b", "val/c"):
-        small = torch.rand(1, 3, 14, 15, generator=generator)
-        picture = nn.functional.interpolate(small, size=(112, 120), mode="bicubic")[0].clamp(0, 1)
-        save_image(picture, runs / "photos" / f"{name}.png")
-    monkeypatch.setattr(runtime, "PHOTOS", runs / "photos")
+def photos(small_photos):
+    """A folder with small photos, and a trained network "net"."""
     options = ["data.roots=[bundled]", "data.patch=8", "data.batch=2", "trainer.progress=false", "trainer.threads=1"]
     options += ["model.scale=2", "model.channels=12", "trainer.max_steps=4", "trainer.val_every=4", "init_from=null"]
     from nbhelpers.training import train
 
     train(compose("espcn_x4", [*options, "name=net", "optimizer.ema_decay=0"]))
-    return runs
+    return small_photos
 
 
 def test_the_command(photos, capsys):
