@@ -336,7 +336,7 @@ def prune(
     cfg = OmegaConf.create({"arch": info["arch"], "loss": {"l1": 1.0}, **(info.get("config") or {}), **changes})
     small = pruned(cfg)
     card = {"scale": small.scale, "command": command, "init_from": str(model), "prune": changes["prune"]}
-    checkpoints.save(name, small, info["arch"], arguments, card, [])
+    checkpoints.save(name, small, info["arch"], arguments, card, [], half=True)
     return checkpoints.card(name)
 
 

@@ -223,7 +223,7 @@ def _refuse_to_replace(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig, command: str | None = None) -> FitResult:
-    """:func:`fit`, then export ``data/checkpoints/NAME`` with its card and history.
+    """:func:`fit`, then export ``data/checkpoints/NAME`` (in half precision) with its card and history.
 
     Raises TrainingError also where NAME exists with another configuration and ``resume`` is not ``never``.
     """
@@ -250,7 +250,7 @@ def train(cfg: DictConfig, command: str | None = None) -> FitResult:
         scores |= {key: round(value, 3) for key, value in result.kept.items() if key.startswith("val_psnr_y_x")}
         shared["scales"] = config["scales"]["range"]
     card = {"metrics": scores | {"data": cfg.data.val_root, "protocol": protocol(scale, _lr_source(cfg))}, **shared}
-    checkpoints.save(str(cfg.name), result.model, cfg.arch, config["model"], card, result.history)
+    checkpoints.save(str(cfg.name), result.model, cfg.arch, config["model"], card, result.history, half=True)
     return result
 
 
