@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from .images import to_uint8
 
@@ -210,6 +211,32 @@ def feature_maps(maps: Tensor, first: int = 0, most: int = 12, columns: int = 6)
     return fig
 
 
+def kernel_matrices(kernels: Mapping[str, Tensor], title: str | None = None) -> Figure:
+    """Kernels "c_out c_in k k" as matrices of c_out rows and c_in·k·k columns, on one colour scale, with what each
+    takes of every input channel below: the root of the sum of its squares. Keys become the titles; zeros are white.
+    """
+    top = max(float(kernel.abs().max()) for kernel in kernels.values()) or 1.0
+    heights = [2, 1] * len(kernels)
+    fig, axes = _figure(nrows=len(heights), figsize=(7.6, 0.55 * sum(heights) + 0.4), height_ratios=heights)
+    for (name, kernel), matrix, bars in zip(kernels.items(), axes[::2], axes[1::2], strict=True):
+        columns = kernel[0].numel()
+        matrix.imshow(
+            kernel.flatten(1), cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", interpolation="nearest",
+            extent=(0, columns, len(kernel), 0),
+        )  # fmt: skip
+        matrix.set_title(name, fontsize=9)
+        matrix.set_xticks(range(0, columns + 1, max(1, len(kernel[0]) // 16) * kernel[0, 0].numel()), [])
+        matrix.set_yticks([])
+        channels = kernel.square().sum((0, 2, 3)).sqrt()
+        bars.bar([i + 0.5 for i in range(len(channels))], channels.tolist(), width=0.9, color=COLOURS[0])
+        bars.set(xlim=(0, len(channels)), ylim=(0, None))
+        bars.tick_params(labelsize=7)
+    axes[-1].set_xlabel("input channel (each is a group of neighbouring columns)", fontsize=8)
+    if title:
+        fig.suptitle(title, fontsize=11)
+    return fig
+
+
 def scatter(
     points: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, title: str | None = None, note: str = ""
 ) -> Figure:
@@ -329,6 +356,19 @@ def _label_points(fig: Figure, axis: object, points: Mapping[str, tuple[float, f
         line = {"arrowstyle": "-", "linewidth": 0.5, "color": "0.5"} if far > 9 else None
         side = {"ha": "right" if dx < 0 else "left", "va": "center", "fontsize": 8}
         axis.annotate(name, place, (dx, dy), textcoords="offset points", arrowprops=line, **side)
+
+
+def window(a: Tensor, b: Tensor, original: Tensor, side: int = 72) -> tuple[slice, slice, slice]:
+    """Where two versions of a picture "3 h w" differ most in squared error to ``original``: an index of side x side.
+
+    Corners are tried every eight pixels. Raises ValueError for a picture smaller than ``side``.
+    """
+    if min(original.shape[-2:]) < side:
+        raise ValueError(f"a window of {side} pixels does not fit into {original.shape[-2]}x{original.shape[-1]}")
+    error = ((a - original) ** 2 - (b - original) ** 2).mean(0, keepdim=True)
+    means = F.avg_pool2d(error, side, stride=8)[0].abs()
+    top, left = divmod(int(means.argmax()), means.shape[1])
+    return slice(None), slice(top * 8, top * 8 + side), slice(left * 8, left * 8 + side)
 
 
 def difference(a: Tensor, b: Tensor, gain: float = 4.0) -> Tensor:

@@ -93,3 +93,13 @@ def test_names_in_the_roofline_cover_neither_each_other_nor_a_point(spread):
     roofs = [line.get_xydata() for line in axis.lines if len(line.get_xdata()) == 3]
     for (_, ridge, end), top in zip(roofs, (257.0, 1800.0), strict=True):
         assert tuple(ridge) == pytest.approx((top / 18, top)) and end[1] == top, "memory up to the ridge, then level"
+
+
+def test_the_window_is_where_two_pictures_differ_most():
+    original = torch.rand(3, 90, 120, generator=torch.Generator().manual_seed(0))
+    a, b = original + 0.01, original.clone()
+    a[:, 40:64, 64:88] += 0.5
+    at = show.window(a, b, original, side=24)
+    assert at == show.window(b, a, original, side=24) == (slice(None), slice(40, 64), slice(64, 88))
+    with pytest.raises(ValueError, match="a window of 96 pixels does not fit into 90x120"):
+        show.window(a, b, original, side=96)
