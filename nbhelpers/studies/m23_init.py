@@ -96,8 +96,8 @@ _RELU = ["M23", "M23 x2", "He", "delta-orthogonal x1.41"]
 _RESIDUAL = ["M23", "M23, independent", "random spectrum", "He", "PyTorch default", "Fixup"]
 _sr = functools.partial(_variants, key="optimizer.lr", prefix="model.")
 VARIANTS = (
-    _sr("plain tanh", _TANH, ("1e-4", "3e-4", "1e-3"))
-    | _sr("plain ReLU", _RELU, ("1e-4", "3e-4", "1e-3"), extra=["model.activation=relu"])
+    _sr("plain tanh", _TANH, ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3"))
+    | _sr("plain ReLU", _RELU, ("3e-5", "1e-4", "3e-4", "1e-3"), extra=["model.activation=relu"])
     | _sr("residual ReLU", _RESIDUAL, ("3e-4", "1e-3", "3e-3"), extra=["model.activation=relu", "model.residual=true"])
 )
 
@@ -262,7 +262,7 @@ def measure_classifier(result: ClassifierResult | None, cfg: DictConfig) -> dict
     return {"": [row | {"seconds": round(getattr(result, "seconds", 0), 1)}]}
 
 
-_digits = functools.partial(_variants, key="training.lr", rates=("3e-4", "1e-3", "3e-3"))
+_digits = functools.partial(_variants, key="training.lr", rates=("1e-4", "3e-4", "1e-3", "3e-3", "1e-2"))
 _MLP_TANH = [*PAIRS][:4] + [*PAIRS.values()][:4] + ["0.707 orthogonal", "orthogonal", "Xavier", "He", "PyTorch default"]
 _MLP_RELU = ["M23", "M23 x2, independent", "random spectrum x2, independent", "He", "PyTorch default"]
 ACCURACY = Study(
@@ -322,7 +322,7 @@ def _table(name: str, fresh: bool, quick: bool) -> Path:
 def run(
     fresh: bool = False, quick: bool = False, tables: Sequence[str] = tuple(STUDIES), processes: int | None = None
 ) -> Path:
-    """``python -m nbhelpers study m23_init``: five tables, 1,162 runs; 35 minutes on two cores.
+    """``python -m nbhelpers study m23_init``: five tables, 1,542 runs; about an hour on two cores.
 
     The networks are too small to share their work between cores, so tables are made side by side in ``processes`` (by
     default as many as there are cores), one core each. The quick form takes half a minute in this process.
