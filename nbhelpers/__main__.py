@@ -229,7 +229,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p = commands.add_parser("study", help="run a notebook's controlled comparison; results go to data/results")
     p.add_argument(
         "name",
-        help="set5 (README's table); the notebooks' espcn, vgg, pooling, gan, rrdb, m23_init, erblock, damaged, cmsr",
+        help="set5 (README's table); the notebooks' espcn, vgg, pooling, gan, rrdb, m23_init, erblock, damaged, "
+        "deployment, cmsr, block_orthogonal, block_orthogonal_full",
     )
     p.add_argument("--fresh", action="store_true", help="drop finished runs and start again (default: resume)")
     p.add_argument("--quick", action="store_true", help="a few steps per run, written to runs/, to see that it works")

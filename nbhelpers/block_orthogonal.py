@@ -240,13 +240,15 @@ def make_block_orthogonal(
 
     A convolution without room for ``num_matrices``, such as the 1×1 shortcut of a ResNet that widens, stays and is
     reported with the reason. ``kind="masked"`` makes the unconstrained control instead. With ``permuted``, ``seed`` + i
-    serves convolution i. Raises BlockError for an unknown stage, for r that does not divide the channels, and where
-    nothing could be replaced.
+    serves convolution i. Raises BlockError for an unknown stage, for r that does not divide the channels, for grouped
+    convolutions or padding with anything but zeros, and where nothing could be replaced.
     """
     if kind not in KINDS:
         raise BlockError(f"kind {kind!r} is unknown; choose one of {sorted(KINDS)}")
     report = []
     for name, conv in stage_convolutions(model, odk_layers):
+        if conv.padding_mode != "zeros":
+            raise BlockError(f"{name}: padding_mode={conv.padding_mode!r} is not possible here; only 'zeros' is")
         options = {"unit_rows": unit_rows, "seed": seed + len(report), "bias": conv.bias is not None}
         options |= {key: getattr(conv, key) for key in ("stride", "padding", "dilation", "groups")}
         most = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1] // conv.out_channels

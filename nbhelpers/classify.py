@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_auroc
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_auroc, multiclass_confusion_matrix
 
 from . import checkpoints, runtime, tracking
 from .block_orthogonal import Counts, MaskedConv2d, parameter_counts
@@ -188,6 +188,7 @@ class PicturesData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         world, rank = self.trainer.world_size, self.trainer.global_rank
         share = self.batches if world == 1 else _Share(self.batches, rank, world)
+        share.set_epoch(self.trainer.current_epoch)  # Lightning says it too late for a resumed run's first order
         return DataLoader(self.pictures, batch_size=None, sampler=share)
 
 
@@ -196,14 +197,16 @@ class RunResult:
     """What :func:`fit` returns.
 
     model: the network kept (eval mode, on the CPU, rounded to 16 bits with ``half``); ``kept`` is its row of
-    ``history``. test: accuracy, roc_auc and loss of the test pictures in fp32. seconds: of training, all parts of a
-    resumed run. pictures: how many were trained on, validated on, tested on.
+    ``history``. test: accuracy, roc_auc and loss of the test pictures in fp32; confusion: how many of them, "class
+    answer". seconds: of training, all parts of a resumed run. pictures: how many were trained on, validated on, tested
+    on.
     """
 
     model: nn.Module
     history: list[dict[str, float]]
     kept: dict[str, float]
     test: dict[str, float]
+    confusion: Tensor
     counts: Counts
     steps: int
     seconds: float
@@ -260,7 +263,8 @@ def fit(
         raise KeyboardInterrupt(f"stopped in epoch {module.current_epoch + 1}; {again}")
     kept = _load_kept(module, folder, cfg.keep)
     model = _finished(module.model, cfg.half)
-    test = scores(predict(model, collection.test.images), collection.test.labels)
+    logits, labels = predict(model, collection.test.images), collection.test.labels
+    test, confusion = scores(logits, labels), multiclass_confusion_matrix(logits, labels, logits.shape[1])
     if is_main_process():
         tracking.report(found, {f"test_{key}": value for key, value in test.items()}, module.global_step)
     sizes = (len(train), len(valid), len(collection.test))
@@ -269,6 +273,7 @@ def fit(
         module.history,
         kept,
         test,
+        confusion,
         counts,
         module.global_step,
         module.seconds,
@@ -324,6 +329,7 @@ def _trainer(
         enable_model_summary=False,
         log_every_n_steps=50,
         num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,  # or a resumed run begins with the order of epoch 0
         use_distributed_sampler=False,  # PicturesData already deals the batches out
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ def evaluate(name: str | Path, data: str | None = None, data_dir: str = "data", 
     data = data or card["config"]["data_module"]["dataset"]
     folder = Path(data).expanduser()
     if folder.is_dir() and not (folder / "test").is_dir():
-        pictures, names = read_class_folders(folder, card["classes"], workers)
+        pictures, names = read_class_folders(folder, card["classes"], workers, tuple(card["size"]))
         description = folder.name
     else:
         found = open_collection(data, data_dir, workers)
@@ -121,7 +122,8 @@ def grid(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[int]]:
             else:
                 axes.append([f"{key}={value}" for value in values])
     except HydraException as error:
-        raise TrainingError(str(error).splitlines()[0]) from None
+        given = getattr(error, "override", None) or " ".join(overrides)
+        raise TrainingError(f"{given!r} is no key=value or key=a,b ({str(error).splitlines()[0]})") from None
     except ValueError as error:
         raise TrainingError(f"seed must be whole numbers ({error})") from None
     variants = {}
@@ -140,12 +142,15 @@ def sweep(overrides: Sequence[str], name: str = "sweep", fresh: bool = False) ->
     from omegaconf import OmegaConf
 
     from . import classify, runtime
+    from .experiments import TrainingError
     from .studies import Study, fingerprint, read, run_study, summary
 
     def compose(changes: Sequence[str]) -> object:
         cfg = classify.compose(changes)
         cfg.name = f"{name}_{fingerprint(cfg)}"
         classify.check(cfg)
+        if not cfg.data_module.valid_size:
+            raise TrainingError("data_module.valid_size=0 leaves a sweep nothing to choose the best by; use 0.1")
         return cfg
 
     def train(cfg: object) -> classify.RunResult:
@@ -214,7 +219,8 @@ def _infer(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     result = evaluate(args.model, args.data, args.data_dir, args.workers)
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        finite = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in result.items()}
+        print(json.dumps(finite, ensure_ascii=False))
         return 0
     print(f"{result['model']} on {result['data']}, {result['pictures']} test pictures")
     print(f"accuracy {result['accuracy']:.2%}, ROC-AUC {result['roc_auc']:.4f}, cross-entropy {result['loss']:.4f}")

@@ -60,7 +60,8 @@ class Bicubic(nn.Module):
 def get_model(model: str | Path | nn.Module, scale: float | None = None) -> nn.Module:
     """A network from a name, a ``.safetensors`` path, ``bicubic`` (needs ``scale``), or itself.
 
-    A network for any scale is brought to ``scale``. Raises ValueError where a network enlarges by another one.
+    A network for any scale is brought to ``scale``. Raises ValueError where a network enlarges by another one, or does
+    not enlarge.
     """
     if not isinstance(model, nn.Module) and str(model) == "bicubic":
         if scale is None:
@@ -69,6 +70,8 @@ def get_model(model: str | Path | nn.Module, scale: float | None = None) -> nn.M
             raise ValueError(f"scale {scale} must be at least 1")
         return Bicubic(int(scale)) if scale == int(scale) else AnyBicubic(scale)
     network = model if isinstance(model, nn.Module) else checkpoints.load(model)
+    if network is not model and not hasattr(network, "scale"):
+        raise ValueError(f"network {str(model)!r} is no upscaler; upscalers: {checkpoints.available()}")
     if scale is None or network.scale == scale:
         return network
     if not hasattr(network, "at"):

@@ -1,6 +1,7 @@
-"""What happens inside a network: the output of any of its layers for a photo, attention factors among them.
+"""What happens inside a network: the output of any of its layers for a photo, attention factors among them; kernels.
 
-:func:`feature_panel` returns an object with ``.root`` to display and named controls, as the panels do.
+:func:`feature_panel` and :func:`kernel_panel` return an object with ``.root`` to display and named controls, as the
+panels do.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from . import panels, show
+from .block_orthogonal import PLACEMENTS, BlockOrthogonalConv2d, orthogonality_error, parameter_counts
 from .images import ImageError, read_picture, to_tensor
 
 SHOWN = 12  # channels on one page
@@ -128,3 +130,68 @@ def feature_panel(
     Channels are shown as pictures; factors that are one number per channel, as those of ECA-Lite, as bars.
     """
     return FeaturePanel(model, photos or panels.bundled_photos(), layer)
+
+
+class KernelPanel:
+    """Sliders that build the kernel of a block-orthogonal convolution; see :func:`kernel_panel`.
+
+    Controls: ``num_matrices, r, placement``; views: ``image, status``; ``conv`` is the layer shown.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        self.sizes = (in_channels, out_channels, kernel_size)
+        self.conv = self._build(1, 1, PLACEMENTS[0])  # says what is impossible
+        most = in_channels * kernel_size**2 // out_channels
+        divisors = [r for r in range(1, out_channels + 1) if out_channels % r == 0]
+        wide = {"layout": {"width": "auto"}, "style": {"description_width": "6em"}}
+        self.num_matrices = widgets.IntSlider(min=1, max=most, description="matrices", **wide)
+        self.r = widgets.SelectionSlider(options=divisors, description="blocks r", **wide)
+        self.placement = widgets.Dropdown(options=PLACEMENTS, description="placement", **wide)
+        self.image = widgets.Image(format="png", layout={"max_width": "100%", "width": "auto", "object_fit": "contain"})
+        self.status = widgets.HTML()
+        columns = {"display": "grid", "grid_template_columns": "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"}
+        controls = [self.num_matrices, self.r, self.placement]
+        self.root = panels.Root([widgets.Box(controls, layout=columns), self.status, self.image])
+        for control in controls:
+            control.observe(lambda change: self.update(), "value")
+        self.update()
+
+    def _repr_mimebundle_(self, **kwargs: object) -> object:
+        return self.root._repr_mimebundle_(**kwargs)
+
+    def _build(self, *structure: object) -> BlockOrthogonalConv2d:
+        with torch.random.fork_rng(devices=[]):  # the same numbers each time
+            torch.manual_seed(0)
+            return BlockOrthogonalConv2d(*self.sizes, *structure, bias=False).requires_grad_(False)
+
+    def update(self) -> None:
+        """Build the layer for the controls as they stand."""
+        self.conv = self._build(self.num_matrices.value, self.r.value, self.placement.value)
+        self.status.value = f"<div role='status'>{html.escape(self.text())}</div>"
+        data = io.BytesIO()
+        self.figure().savefig(data, format="png", dpi=80)
+        self.image.value = data.getvalue()
+
+    def text(self) -> str:
+        """Sizes of the kernel, channels it reads, and how far its blocks are from orthogonal."""
+        counts, weight = parameter_counts(self.conv), self.conv.weight
+        read = int(weight.abs().sum((0, 2, 3)).count_nonzero())
+        return (
+            f"{counts.free:,} free numbers, {counts.stored:,} stored, {counts.dense:,} in an ordinary kernel; "
+            f"reads {read} of {self.sizes[0]} input channels; largest |QQᵀ − I| {orthogonality_error(self.conv):.0e}"
+        )
+
+    def figure(self) -> Figure:
+        """What is shown, for places without a kernel."""
+        m, r, placement = self.num_matrices.value, self.r.value, self.placement.value
+        c_in, c_out, k = self.sizes
+        name = f"num_matrices = {m}, r = {r}, {placement}: {c_out} x {c_in}·{k}·{k}"
+        return show.kernel_matrices({name: self.conv.weight})
+
+
+def kernel_panel(in_channels: int = 16, out_channels: int = 16, kernel_size: int = 3) -> KernelPanel:
+    """The kernel of document 004's convolution as a picture, with sliders for its matrices and blocks.
+
+    Raises BlockError for a kernel without room for a matrix.
+    """
+    return KernelPanel(in_channels, out_channels, kernel_size)

@@ -111,18 +111,21 @@ def _labelled(pixels: Tensor | np.ndarray, labels: Sequence[int] | np.ndarray, c
 def cifar(name: str, folder: Path, base_url: str | None = None) -> Collection:
     """CIFAR-10 or CIFAR-100, 50,000 training and 10,000 test pictures, downloaded once into ``folder`` (170 MB).
 
-    Names, hashes and layout are torchvision's, whose ``CIFAR10(root)`` finds the files. ``base_url`` names another
-    server with the same file. Raises DownloadError without internet, saying what to put where.
+    Names, hashes and layout are torchvision's, whose ``CIFAR10(root)`` finds the files. Every call checks the hashes;
+    unpacked files that were damaged are unpacked again. ``base_url`` names another server with the same archive.
+    Raises DownloadError without internet, saying what to put where.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / kind.base_folder).is_dir():
+    try:
+        parts = [kind(folder, train=train) for train in (True, False)]
+    except RuntimeError:  # torchvision's word for files that are not there or not whole
+        folder.mkdir(parents=True, exist_ok=True)
         url = (base_url or kind.url.rpartition("/")[0]).rstrip("/") + "/"
         fetch_file(RemoteFile(kind.filename, f"md5:{kind.tgz_md5}"), url, folder, progress=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints one line per file
-        parts = [kind(folder, train=train, download=True) for train in (True, False)]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints one line per file
+            parts = [kind(folder, train=train, download=True) for train in (True, False)]
     names = tuple(parts[0].classes)
     sets = [_labelled(part.data, part.targets, len(names)) for part in parts]
     return Collection(*sets, names, name.upper().replace("CIFAR", "CIFAR-"))
@@ -216,9 +219,9 @@ def read_pictures(
 
 
 def read_class_folders(
-    folder: Path, names: Sequence[str] | None = None, workers: int = 4
+    folder: Path, names: Sequence[str] | None = None, workers: int = 4, size: tuple[int, int] = (SIDE, SIDE)
 ) -> tuple[LabelledPictures, tuple[str, ...]]:
-    """Pictures ``folder/CLASS/…`` at 32×32; classes in the order of ``names`` (default: sorted by name).
+    """Pictures ``folder/CLASS/…`` at ``size``; classes in the order of ``names`` (default: sorted by name).
 
     Pictures that cannot be read are named and left out. Raises DataError for no class, or one not in ``names``.
     """
@@ -229,7 +232,7 @@ def read_class_folders(
     if unknown := [c for c in classes if c not in names]:
         raise DataError(f"{folder} has a class {unknown[0]!r} that is none of {list(names)}")
     paths = [(path, names.index(c)) for c in classes for path in find_images(folder / c)]
-    pixels, kept, skipped = read_pictures([path for path, _ in paths], workers=workers)
+    pixels, kept, skipped = read_pictures([path for path, _ in paths], size, workers)
     for message in skipped:
         tqdm.write(f"left out: {message}")
     if not kept:

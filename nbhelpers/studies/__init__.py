@@ -26,7 +26,10 @@ from ..images import find_images, load_image
 from ..inference import upscale
 from ..runtime import write_csv as write
 
-STUDIES = ("espcn", "set5", "vgg", "pooling", "gan", "rrdb", "m23_init", "erblock", "damaged", "deployment", "cmsr")
+STUDIES = (
+    "espcn", "set5", "vgg", "pooling", "gan", "rrdb", "m23_init", "erblock", "damaged", "deployment", "cmsr",
+    "block_orthogonal", "block_orthogonal_full",
+)  # fmt: skip
 QUICK = ["trainer.max_steps=4", "trainer.val_every=4"]
 Row = dict[str, object]
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nbhelpers import models, show
-from nbhelpers.viewers import SHOWN, feature_panel, layers, output_of
+from nbhelpers.block_orthogonal import BlockError, BlockOrthogonalConv2d
+from nbhelpers.viewers import SHOWN, feature_panel, kernel_panel, layers, output_of
 
 
 @pytest.fixture
@@ -69,3 +70,46 @@ def test_figure_has_a_picture_per_channel(shape, axes):
     drawn = [a for a in fig.axes if a.images or a.patches]
     assert len(fig.axes) >= min(axes, shape[0])
     assert sum(bool(a.images) for a in drawn) == (0 if shape[-1] == 1 else min(SHOWN, shape[0]))
+
+
+# --- kernels ----------------------------------------------------------------------------------------------
+
+
+def test_kernel_panel_builds_the_layer_that_the_sliders_ask_for():
+    panel = kernel_panel(16, 32, 3)
+    assert panel.num_matrices.max == 4 and panel.r.options == (1, 2, 4, 8, 16, 32)
+    seen = [panel.image.value]
+    for control, value in ((panel.num_matrices, 3), (panel.r, 4), (panel.placement, "spread")):
+        control.value = value
+        seen.append(panel.image.value)
+    assert len(set(seen)) == 4 and all(seen)
+    assert (panel.conv.num_matrices, panel.conv.r, panel.conv.placement) == (3, 4, "spread")
+    free, stored = 3 * 4 * 8 * 7 // 2, 3 * 32 * 8
+    assert f"{free} free numbers, {stored} stored, 4,608 in an ordinary kernel; reads 16 of 16" in panel.text()
+    assert panel.text() in panel.status.value
+
+
+def test_kernel_panel_says_how_many_channels_are_read_and_leaves_the_seed_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    panel = kernel_panel(64, 64, 3)
+    assert "reads 8 of 64 input channels" in panel.text()  # 64 columns of nine for each channel
+    assert torch.equal(torch.rand(1), expected)
+    assert repr(panel.root) == repr(kernel_panel(8, 8, 3).root)
+
+
+def test_kernel_without_room_is_refused():
+    with pytest.raises(BlockError, match=r"kernel of 32 x 16·1 has no room"):
+        kernel_panel(16, 32, 1)
+
+
+def test_kernel_figure_shows_matrix_and_channels():
+    conv = BlockOrthogonalConv2d(8, 8, 3, 2, 2, bias=False).requires_grad_(False)
+    fig = show.kernel_matrices({"a": conv.weight, "zeros": torch.zeros(4, 8, 3, 3)}, "title")
+    matrix, bars, empty = fig.axes[:3]
+    assert np.array_equal(matrix.images[0].get_array(), conv.weight.flatten(1).numpy())
+    heights = [bar.get_height() for bar in bars.patches]
+    # Of 72 columns the last 16 are used, each of length 1: channels 6 (all but two taps) and 7.
+    assert heights[:6] == [0] * 6 and heights[6:] == pytest.approx([7**0.5, 3.0], abs=1e-5)
+    assert empty.images[0].get_clim() == matrix.images[0].get_clim()
