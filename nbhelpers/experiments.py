@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -61,7 +62,7 @@ def compose(experiment: str | None = None, overrides: Sequence[str] = ()) -> Dic
 
     An override ``experiment=NAME`` takes the place of ``experiment``.
 
-    Raises TrainingError for an unknown experiment or key, listing the experiments there are.
+    Raises TrainingError for an unknown experiment or key, with the names that look like it, or all experiments.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -76,7 +77,27 @@ def compose(experiment: str | None = None, overrides: Sequence[str] = ()) -> Dic
     except (HydraException, OmegaConfBaseException) as error:
         text = str(error).splitlines()[0]
         hint = "`python -m nbhelpers train --show` prints all keys"
-        raise TrainingError(f"{text}; experiments: {', '.join(experiments())}; {hint}") from None
+        raise TrainingError(f"{text}; {_near(overrides) or _all_experiments()}; {hint}") from None
+
+
+def _near(overrides: Sequence[str]) -> str:
+    """For keys that train.yaml does not have: which of its keys look like them; "" where none does."""
+    base = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"))
+    known = list(_keys(base))
+    asked = [o.partition("=")[0].lstrip("+~") for o in overrides]
+    found = {key: get_close_matches(key, known, 3) for key in asked if key not in known and key != "experiment"}
+    return "; ".join(f"did you mean {' or '.join(near)} by {key}?" for key, near in found.items() if near)
+
+
+def _keys(section: dict, before: str = "") -> Iterator[str]:
+    for key, value in section.items():
+        yield f"{before}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{before}{key}.")
+
+
+def _all_experiments() -> str:
+    return f"experiments: {', '.join(experiments())}"
 
 
 def check(cfg: DictConfig) -> None:

@@ -189,10 +189,15 @@ def test_train_exports_network_card_and_history(runs):
     assert not model.training and model(torch.rand(1, 3, 5, 7)).shape == (1, 3, 10, 14)
 
 
-@pytest.mark.parametrize("override", ["experiment=nothing", "optimizer.rate=1"])
+@pytest.mark.parametrize("override", ["experiment=nothing", "qqq.www=1"])
 def test_wrong_configuration_names_the_experiments(override):
     with pytest.raises(training.TrainingError, match="espcn_x4"):
         training.compose(overrides=[override])
+
+
+def test_misspelt_key_is_answered_with_its_neighbours():
+    with pytest.raises(training.TrainingError, match=r"did you mean trainer.max_steps .*by trainer.max_step\?"):
+        training.compose("espcn_x4", ["trainer.max_step=5"])
 
 
 HIDE = """
