@@ -25,6 +25,11 @@ def scale(text: str) -> float:
     return int(number) if number.is_integer() else number
 
 
+def size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.lower().split("x"))
+    return height, width
+
+
 def _inference_options(args: argparse.Namespace) -> dict:
     return {k: getattr(args, k) for k in ("tile", "overlap", "device", "precision")}
 
@@ -87,13 +92,14 @@ def _print_evaluation(result: dict, lpips: bool) -> None:
 
 
 def _upscale(args: argparse.Namespace) -> int:
-    from .inference import get_model, plan_outputs, upscale_files
+    from .inference import AnyBicubic, get_model, plan_outputs, upscale_files
 
     plan = plan_outputs(args.inputs, args.output, args.format)
     if not plan:
         raise FileNotFoundError(f"no pictures in {', '.join(map(str, args.inputs))}")
-    model = get_model(args.model, args.scale)
-    report = upscale_files(model, plan, args.skip_existing, **_inference_options(args))
+    options, any_scale = _inference_options(args), args.size is not None and args.model == "bicubic"
+    model = AnyBicubic(1) if any_scale else get_model(args.model, args.scale)
+    report = upscale_files(model, plan, args.skip_existing, **options, size=args.size)
     there = f", {report.existing} were there already" if report.existing else ""
     print(f"{len(report.written)} of {len(plan)} pictures written to {args.output} in {report.seconds:.1f} s{there}")
     if report.skipped:
@@ -195,7 +201,10 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("inputs", nargs="+", metavar="IN", help="files or folders (folders recursively)")
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="folder, or a file for a single input file")
     p.add_argument("--model", default="espcn_x4", help=MODEL)
-    p.add_argument("--scale", type=scale, help=SCALE)
+    how_large = p.add_mutually_exclusive_group()
+    how_large.add_argument("--scale", type=scale, help=SCALE)
+    text = "pixels of each result, for networks for any scale and bicubic; the shape may change"
+    how_large.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help=text)
     p.add_argument("--format", default=".png", choices=[".png", ".jpg", ".webp", "same"], help="default: %(default)s")
     p.add_argument("--skip-existing", action="store_true", help="continue an interrupted folder run")
     _add_inference(p)
@@ -230,7 +239,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument(
         "name",
         help="set5 (README's table); the notebooks' espcn, vgg, pooling, gan, rrdb, m23_init, erblock, damaged, "
-        "deployment, cmsr, block_orthogonal, block_orthogonal_full",
+        "deployment, cmsr, block_orthogonal, block_orthogonal_full, lmf, lmf_cost, lmf_scales",
     )
     p.add_argument("--fresh", action="store_true", help="drop finished runs and start again (default: resume)")
     p.add_argument("--quick", action="store_true", help="a few steps per run, written to runs/, to see that it works")

@@ -127,8 +127,8 @@ def _exported(name: str, source: str | Path, folder: Path) -> dict[tuple[str, st
     found: dict[tuple[str, str], Path] = {}
     stem = len(list(folder.iterdir()))  # names of networks need not be names of files
     try:
-        deploy.export(source, folder / f"{stem}.onnx")
-        found[name, ONNX] = folder / f"{stem}.onnx"
+        info = deploy.export(source, folder / f"{stem}.onnx")
+        found[name, ONNX] = folder / info.get("files", [f"{stem}.onnx"])[0]
         quantization.quantize(found[name, ONNX], folder / f"{stem}_int8.onnx", limit=4, score=False)
         found[name, INT8] = folder / f"{stem}_int8.onnx"
     except (deploy.ExportError, quantization.QuantizationError) as error:

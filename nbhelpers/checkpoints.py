@@ -158,10 +158,11 @@ def _registry(kind: str | None) -> Mapping[str, Callable[..., nn.Module]]:
 
 
 def _load_exported(path: Path) -> nn.Module:
-    from .deploy import FORMATS  # which imports this file
+    from . import deploy, deploy_scales  # which import this file
 
+    kind = deploy_scales.ExportedScales if deploy_scales.is_part(path) else deploy.FORMATS[path.suffix]
     try:
-        return FORMATS[path.suffix](path).eval()
+        return kind(path).eval()
     except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(str(error)) from error
 
@@ -192,11 +193,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def copy_matching(model: nn.Module, name: str | Path, folder: Path | None = None) -> list[str]:
     """Warm start: copy from a trained network every tensor of the same name and shape; returns their names.
 
-    Raises CheckpointError when nothing matches.
+    A network with an ``encoder`` also takes the tensors that have their names there. Raises CheckpointError when
+    nothing matches.
     """
     weights, _ = _paths(name, folder)
-    own = model.state_dict()
-    state = {k: v for k, v in load_file(weights).items() if k in own and own[k].shape == v.shape}
+    own, donor = model.state_dict(), load_file(weights)
+    donor = {f"encoder.{k}": v for k, v in donor.items()} | donor
+    state = {k: v for k, v in donor.items() if k in own and own[k].shape == v.shape}
     if not state:
         raise CheckpointError(f"no tensor of {weights.stem} has the name and shape of one in {type(model).__name__}")
     model.load_state_dict(own | state)

@@ -8,6 +8,7 @@ import json
 import logging
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -64,15 +65,15 @@ class Exported(nn.Module):
         """Get ready to compute; returns the metadata."""
         raise NotImplementedError
 
-    def _compute(self, x: Tensor) -> Tensor:
-        """What the file makes of fp32 pictures "b 3 h w" on the CPU."""
+    def compute(self, *inputs: Tensor) -> Tensor:
+        """What the file makes of its inputs, fp32 on the CPU: pictures "b 3 h w"."""
         raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         pictures = x.float().cpu().contiguous()
         parts = pictures.split(1) if self.info.get("batch") == 1 else [pictures]
-        return torch.cat([self._compute(part) for part in parts]).to(x.device)
+        return torch.cat([self.compute(part) for part in parts]).to(x.device)
 
 
 class OnnxUpscaler(Exported):
@@ -86,11 +87,12 @@ class OnnxUpscaler(Exported):
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no class of their own
-            raise ValueError(f"{path.name} is not a readable ONNX file ({_line(error)})") from error
+            raise ValueError(f"{path.name} is not a readable ONNX file ({line(error)})") from error
         return self.session.get_modelmeta().custom_metadata_map.get(KEY)
 
-    def _compute(self, x: Tensor) -> Tensor:
-        (out,) = self.session.run(None, {"lr": x.numpy()})
+    def compute(self, *inputs: Tensor) -> Tensor:
+        names = [given.name for given in self.session.get_inputs()]
+        (out,) = self.session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
         return torch.from_numpy(out)
 
 
@@ -115,16 +117,16 @@ class ProgramUpscaler(Exported):
                 program = torch.export.load(path)
             except Exception as error:  # KeyError, RuntimeError …: whatever a file of another version runs into
                 raise ValueError(
-                    f"{path.name} cannot be loaded by torch {torch.__version__} ({_line(error)})"
+                    f"{path.name} cannot be loaded by torch {torch.__version__} ({line(error)})"
                 ) from error
             # Guards refuse pictures of a few pixels, which the program computes rightly. In a tuple it is no
             # submodule: its graph is fixed to the CPU and has no training mode.
             self._program = (program.module(check_guards=False),)
         return found
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def compute(self, *inputs: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            return self._program[0](x)
+            return self._program[0](*inputs)
 
 
 FORMATS: dict[str, type[Exported]] = {".onnx": OnnxUpscaler, ".pt2": ProgramUpscaler}
@@ -138,7 +140,8 @@ def export(model: str | Path, path: str | Path) -> dict[str, object]:
     object under "nbhelpers") name, scale, halo, grid and the SHA-256 of the weight file. It appears under ``path`` only
     if it gives PyTorch's values to 1e-4 at two sizes; the largest ``difference`` is returned beside the metadata.
     Values are not clamped. Where a network cannot be followed with any number of pictures (SwinIR), the file takes one
-    at a time, and says so by ``batch`` 1.
+    at a time, and says so by ``batch`` 1. A network for any scale becomes two files, see
+    :func:`nbhelpers.deploy_scales.export`.
 
     Raises ValueError for another suffix or a network that is no upscaler, CheckpointError for a network that cannot be
     loaded, ExportError where PyTorch cannot export it or the values differ.
@@ -147,6 +150,10 @@ def export(model: str | Path, path: str | Path) -> dict[str, object]:
     if path.suffix not in FORMATS:
         raise ValueError(f"cannot write {path}: name the file {' or '.join(f'*{suffix}' for suffix in FORMATS)}")
     network, info = _source(model)
+    if hasattr(network, "render"):
+        from . import deploy_scales  # which imports this file
+
+        return deploy_scales.export(network, path, info, str(model))
     try:
         return _export(network, path, info, str(model))
     except ExportError:
@@ -154,9 +161,10 @@ def export(model: str | Path, path: str | Path) -> dict[str, object]:
 
 
 def _export(network: nn.Module, path: Path, info: dict[str, object], name: str) -> dict[str, object]:
-    write = _write_onnx if path.suffix == ".onnx" else _write_program
+    x, free = _example(info)
+    shapes = {dim: ("batch", "", "height", "width")[dim] for dim in free}
     with runtime.atomic_path(path) as part:
-        write(network, part, info, name)
+        write(network, part, info, name, {"lr": (x, shapes)}, "sr")
         difference = _check(network, FORMATS[path.suffix](part), f"{path.suffix} file of {name!r}")
     return info | {"difference": difference}
 
@@ -169,7 +177,7 @@ def _example(info: dict[str, object]) -> tuple[Tensor, tuple[int, ...]]:
 def _source(model: str | Path) -> tuple[nn.Module, dict[str, object]]:
     """The network and what its files will say about it."""
     network = checkpoints.load(model)
-    if isinstance(network, Exported):
+    if Path(model).suffix in FORMATS:
         raise ValueError(f"{str(model)!r} is an exported file already; give the network that it was made from")
     if not hasattr(network, "scale"):
         raise ValueError(f"{str(model)!r} is a {type(network).__name__}, not an upscaler; choose one from `list`")
@@ -178,19 +186,31 @@ def _source(model: str | Path) -> tuple[nn.Module, dict[str, object]]:
     return network, info | {"grid": getattr(network, "grid", 1), "sha256": checkpoints.sha256(source)}
 
 
-def _write_onnx(network: nn.Module, path: Path, info: dict[str, object], name: str) -> None:
-    x, free = _example(info)
+Inputs = Mapping[str, tuple[Tensor, Mapping[int, str]]]  # name: example, and names of dimensions that may be anything
+
+
+def write(network: nn.Module, path: Path, info: dict[str, object], name: str, inputs: Inputs, output: str) -> None:
+    """Write a network in the format of the suffix, with ``info`` as metadata; ``name`` is for errors.
+
+    Raises ExportError where PyTorch cannot export it.
+    """
+    (_write_onnx if path.suffix == ".onnx" else _write_program)(network, path, info, name, inputs, output)
+
+
+def _write_onnx(
+    network: nn.Module, path: Path, info: dict[str, object], name: str, inputs: Inputs, output: str
+) -> None:
     logging.getLogger("onnxscript").setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 network,
-                (x,),
+                tuple(x for x, _ in inputs.values()),
                 dynamo=True,
-                dynamic_shapes=({dim: ("batch", "", "height", "width")[dim] for dim in free},),
-                input_names=["lr"],
-                output_names=["sr"],
+                dynamic_shapes=tuple(dict(free) for _, free in inputs.values()),
+                input_names=list(inputs),
+                output_names=[output],
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -205,12 +225,14 @@ def _write_onnx(network: nn.Module, path: Path, info: dict[str, object], name: s
     program.save(path, external_data=False)
 
 
-def _write_program(network: nn.Module, path: Path, info: dict[str, object], name: str) -> None:
-    x, free = _example(info)
+def _write_program(
+    network: nn.Module, path: Path, info: dict[str, object], name: str, inputs: Inputs, output: str
+) -> None:
+    shapes = tuple(dict.fromkeys(free, torch.export.Dim.DYNAMIC) for _, free in inputs.values())
     try:
-        program = torch.export.export(network, (x,), dynamic_shapes=(dict.fromkeys(free, torch.export.Dim.DYNAMIC),))
+        program = torch.export.export(network, tuple(x for x, _ in inputs.values()), dynamic_shapes=shapes)
     except Exception as error:  # of many classes, from torch, its compiler and the network's own code
-        raise ExportError(f"torch.export cannot follow {name!r}: {_line(error)}") from error
+        raise ExportError(f"torch.export cannot follow {name!r}: {line(error)}") from error
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.nodes):
         node.meta.pop("stack_trace", None)  # holds this machine's paths
@@ -218,7 +240,7 @@ def _write_program(network: nn.Module, path: Path, info: dict[str, object], name
         torch.export.save(program, file, extra_files={KEY: json.dumps(info)})
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
     """The beginning of an error's text, in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -233,9 +255,7 @@ def _check(network: nn.Module, exported: nn.Module, name: str) -> float:
         try:
             got = exported(x)
         except Exception as error:  # ONNX Runtime's share no class of their own
-            raise ExportError(
-                f"the {name} cannot compute {batch} pictures of {h}x{w} pixels: {_line(error)}"
-            ) from error
+            raise ExportError(f"the {name} cannot compute {batch} pictures of {h}x{w} pixels: {line(error)}") from error
         if got.shape != want.shape:
             shapes = f"{tuple(got.shape)} for {tuple(want.shape)} of PyTorch"
             raise ExportError(f"the {name} gives shape {shapes}; it was not kept")
@@ -260,7 +280,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """``python -m nbhelpers export MODEL -o FILE``."""
     info = export(args.model, args.output)
-    sizes = " and ".join(f"{h}x{w}" for _, h, w in CHECKED)
-    print(f"{info['name']} x{info['scale']} written to {args.output}")
-    print(f"checked at {sizes} pixels: at most {info['difference']:.1e} from PyTorch (1 is white)")
+    files = info.get("files")
+    what = f"for any scale written to {' and '.join(files)}" if files else f"x{info['scale']} written to {args.output}"
+    print(f"{info['name']} {what}")
+    sizes = "three sizes and scales" if files else f"{' and '.join(f'{h}x{w}' for _, h, w in CHECKED)} pixels"
+    print(f"checked at {sizes}: at most {info['difference']:.1e} from PyTorch (1 is white)")
     return 0

@@ -23,7 +23,7 @@ CHOICES = {
     "optimizer.schedule": SCHEDULES,
     "adversarial.optimizer.schedule": SCHEDULES,
     "adversarial.loss": ADVERSARIAL_LOSSES,
-    "scales.region": ("points", "square"),
+    "scales.region": ("points", "lattice", "square"),
 }
 AT_LEAST = {
     "data.batch": 1,

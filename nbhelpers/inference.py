@@ -32,7 +32,7 @@ from .images import (
 )
 from .layers import BicubicUpsample
 from .models.continuous import MOST_PIXELS, AnyBicubic
-from .models.sampling import span
+from .models.sampling import check_size, span
 
 AUTO_TILE = 384  # input pixels; pictures above 4 such tiles are cut, smaller ones where memory asks for it
 PROBE = 32  # side of the picture that shows how much memory a network takes; up to 16 such pictures are never cut
@@ -78,6 +78,20 @@ def get_model(model: str | Path | nn.Module, scale: float | None = None) -> nn.M
         name = type(model).__name__ if network is model else str(model)
         raise ValueError(f"network {name!r} enlarges by {network.scale}, not by the {scale} asked for")
     return network.at(scale)
+
+
+def _fitted(model: nn.Module, shape: tuple[int, int], scale: object, size: tuple[int, int] | None) -> nn.Module:
+    """A network brought to a scale, or to an output size for inputs of ``shape``; see :func:`upscale`."""
+    if size is None:
+        return get_model(model, scale)
+    if scale is not None:
+        raise ValueError(f"give scale={scale} or size={tuple(size)}, not both")
+    size = check_size(size, 2**62)
+    if hasattr(model, "at"):
+        return model.at((size[0] / shape[0], size[1] / shape[1]))
+    if size != (own := output_size(model, *shape)):
+        raise ValueError(f"{type(model).__name__} makes {own[0]}x{own[1]} pixels of these, not {size[0]}x{size[1]}")
+    return model
 
 
 @dataclass(frozen=True)
@@ -182,11 +196,14 @@ def upscale(
     device: str | torch.device | None = None,
     precision: str = "fp32",
     progress: bool = False,
+    *,
+    scale: float | tuple[float, float] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Tensor | np.ndarray:
     """Enlarge one picture: float tensor "3 h w" in [0, 1] → the same, clamped; or uint8 (h, w, 3) → uint8.
 
     Args:
-        model: network with ``scale`` and ``halo``; one for any scale as ``model.at(2.7)`` or ``model.at((2, 3.5))``.
+        model: network with ``scale`` and ``halo``.
         tile: side of the tiles in input pixels; 0 = whole; None = whole up to about 0.6 megapixels, else 384, and
             less where the network's features would not fit into ``runtime.memory_for(device)``.
         overlap: pixels seen around each tile; None takes the network's receptive-field radius, with which the
@@ -194,8 +211,10 @@ def upscale(
             comes to one, with a warning, where ``tile`` is None and a tile with that radius does not fit.
         device: where to compute; None = where the network is. The result is on the CPU.
         precision: ``fp32`` (reproducible to the last digit shown), ``auto``, ``bf16``, ``fp16``.
+        scale, size: for networks for any scale: how much to enlarge, 2.7 or (2, 3.5) for height and width, or to which
+            height and width; None = the network's own scale.
 
-    Raises ValueError for a wrong shape, tile, overlap, device or precision.
+    Raises ValueError for a wrong shape, tile, overlap, device or precision, and a scale or size that cannot be.
     """
     is_array = isinstance(picture, np.ndarray)
     shape = picture.shape[:2] if is_array else picture.shape[-2:]
@@ -205,8 +224,8 @@ def upscale(
         raise ValueError(f"expected a uint8 array (h, w, 3) or a float tensor (3, h, w) in [0, 1], got {got}")
     _check_tiling(tile, overlap)
     where = _device_of(model) if device is None else runtime.pick_device(str(device))
-    precision = runtime.pick_precision(where, precision)
-    model, (h, w) = model.to(where, memory_format=torch.channels_last), shape
+    precision, (h, w) = runtime.pick_precision(where, precision), shape
+    model = _fitted(model, shape, scale, size).to(where, memory_format=torch.channels_last)
     jobs = _plan(model, h, w, tile, overlap, where, precision)
     size = output_size(model, h, w)
     out = np.empty((*size, 3), np.uint8) if is_array else torch.empty(3, *size)

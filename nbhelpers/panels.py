@@ -11,9 +11,7 @@ import functools
 import html
 import io
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -21,11 +19,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from . import checkpoints, degrade, inference, metrics, runtime, show
+from . import checkpoints, metrics, runtime, show
+from .comparison import AS_IS, RESTORE, Comparison, compare_upscaling, crop_window
 from .images import ImageError, find_images, read_picture, to_tensor, to_uint8
 from .wipe import WipeViewer
 
-AS_IS, RESTORE = "as is", "shrink then restore"
 SIZES = {"128 x 128": 128, "256 x 256": 256, "512 x 512": 512, "whole photo": 0}
 BICUBIC_ONLY = "none yet: bicubic only"
 NO_NETWORK = "No trained network found. Train one: python -m nbhelpers train experiment=espcn_x4"
@@ -33,68 +31,6 @@ NO_ORIGINAL = "no original exists, so no PSNR"
 MOST_PIXELS = 16_000_000  # of one enlarged picture; more would keep the browser busy for seconds
 
 Photo = Path | np.ndarray
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One photo enlarged by bicubic and by a network; pictures are float (3, h, w), nominally in [0, 1]."""
-
-    scale: int
-    low: Tensor  # what both received
-    bicubic: Tensor
-    network: Tensor | None
-    original: Tensor | None  # None in mode "as is"
-    milliseconds: dict[str, float] = field(default_factory=dict)
-    scores: dict[str, dict[str, float | None]] = field(default_factory=dict)
-
-    def pictures(self) -> dict[str, Tensor]:
-        """The pictures that exist, in reading order."""
-        named = {"original": self.original, "bicubic": self.bicubic, "network": self.network}
-        return {name: picture for name, picture in named.items() if picture is not None}
-
-
-def crop_window(height: int, width: int, size: int, across: float = 0.5, down: float = 0.5) -> tuple[slice, slice]:
-    """Rows and columns of a ``size`` x ``size`` window (0: everything), ``across``/``down`` in 0..1, 0.5 = centre."""
-    h, w = (min(height, size), min(width, size)) if size else (height, width)
-    top, left = round((height - h) * down), round((width - w) * across)
-    return slice(top, top + h), slice(left, left + w)
-
-
-def _timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    start = time.perf_counter()
-    return work(), (time.perf_counter() - start) * 1000
-
-
-def compare_upscaling(
-    picture: Tensor,
-    model: nn.Module | None,
-    scale: int,
-    mode: str = RESTORE,
-    quality: int = 100,
-    lpips: bool = False,
-    precision: str = "fp32",
-) -> Comparison:
-    """Enlarge ``picture`` (3, h, w) in [0, 1] by bicubic and by ``model`` (None: bicubic only).
-
-    ``as is`` enlarges the picture itself; ``shrink then restore`` shrinks it by ``scale`` first, so that the original
-    stands ready for the metrics. ``quality`` below 100 damages what is enlarged by JPEG. Raises ValueError for an
-    unknown mode and for a picture too small to measure.
-    """
-    if mode not in (AS_IS, RESTORE):
-        raise ValueError(f"mode {mode!r} is unknown; choose {AS_IS!r} or {RESTORE!r}")
-    original = degrade.crop_to_multiple(picture, scale) if mode == RESTORE else None
-    low = picture if original is None else degrade.downscale(original, scale)
-    if quality < 100:
-        low = degrade.jpeg(low, quality)
-    bicubic, ms_bicubic = _timed(lambda: degrade.upscale_bicubic(low, scale).clamp(0, 1))
-    milliseconds, network = {"bicubic": ms_bicubic}, None
-    if model is not None:
-        network, milliseconds["network"] = _timed(lambda: inference.upscale(model, low, precision=precision).cpu())
-    result = Comparison(scale, low, bicubic, network, original, milliseconds)
-    if original is not None:
-        for name in milliseconds:
-            result.scores[name] = metrics.compare(result.pictures()[name], original, scale, lpips=lpips)
-    return result
 
 
 @functools.lru_cache(maxsize=4)
@@ -116,8 +52,9 @@ class Root(widgets.VBox):
 class ComparisonPanel:
     """Photo, network and damage choosers around a wipe viewer; build it with the two functions below.
 
-    Controls: ``photo, upload, network, mode, size, across, down, quality, compare_with, lpips``; views: ``viewer,
-    readout, status``; ``result`` holds the last :class:`Comparison`, None after an error.
+    Controls: ``photo, upload, network, mode, scale, size, across, down, quality, compare_with, lpips``; views:
+    ``viewer, readout, status``; ``result`` holds the last :class:`Comparison`, None after an error. ``scale`` counts
+    for networks for any scale and is hidden for the others.
     """
 
     def __init__(
@@ -156,6 +93,9 @@ class ComparisonPanel:
             "enlarge the part shown; nothing to measure against",
             "shrink the part shown, enlarge it again, and measure against the original",
         ]
+        self.scale = widgets.FloatSlider(
+            min=1, max=8, value=4, step=0.1, description="Scale", continuous_update=False, readout_format=".1f", **wide
+        )
         self.size = widgets.Dropdown(options=SIZES, value=256, description="Part shown", **wide)
         self.across, self.down = slider(description="Across, %"), slider(description="Down, %")
         self.quality = slider(min=5, value=100, description="JPEG quality", tooltip="100 = no damage")
@@ -170,11 +110,12 @@ class ComparisonPanel:
 
     def _controls(self) -> tuple[widgets.Widget, ...]:
         """The controls that change the pictures."""
-        return (self.photo, self.network, self.mode, self.size, self.across, self.down, self.quality, self.lpips)
+        place = (self.size, self.across, self.down)
+        return (self.photo, self.network, self.mode, self.scale, *place, self.quality, self.lpips)
 
     def _arrange(self) -> None:
         columns = "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"  # three on a wide page, one on a narrow one
-        order = (self.photo, self.network, self.upload, self.mode, self.compare_with, self.quality)
+        order = (self.photo, self.network, self.upload, self.mode, self.compare_with, self.quality, self.scale)
         grid = widgets.Box(
             [*order, self.size, self.across, self.down],
             layout={"display": "grid", "grid_template_columns": columns, "grid_gap": "2px 16px"},
@@ -224,19 +165,22 @@ class ComparisonPanel:
             raise ValueError("No photo to show: upload one.")
         rgb = _read(self.photos[self.photo.value])
         model = self._model()
+        any_scale = hasattr(model, "at")
+        self.scale.layout.display = None if any_scale else "none"
+        model = model.at(self.scale.value) if any_scale else model
         scale = getattr(model, "scale", 4)
         size, note = self._fitting_size(rgb, scale)
         rows, columns = crop_window(*rgb.shape[:2], size, self.across.value / 100, self.down.value / 100)
         part = to_tensor(rgb[rows, columns])
-        need = 16 if self.mode.value == AS_IS else 16 * scale
+        need = 16 if self.mode.value == AS_IS else math.ceil(16 * scale)
         if min(part.shape[-2:]) < need:
             raise ValueError(
-                f"{self.photo.value} shows only {part.shape[-1]} x {part.shape[-2]} pixels; x{scale} in mode "
+                f"{self.photo.value} shows only {part.shape[-1]} x {part.shape[-2]} pixels; x{scale:g} in mode "
                 f"“{self.mode.value}” needs at least {need} x {need}. Choose a larger part or another photo."
             )
         return compare_upscaling(
             part, model, scale, self.mode.value, self.quality.value, self.lpips.value, self._precision()
-        ), note or f"{part.shape[-1]} x {part.shape[-2]} pixels of {self.photo.value}, x{scale}."
+        ), note or f"{part.shape[-1]} x {part.shape[-2]} pixels of {self.photo.value}, x{scale:g}."
 
     def _precision(self) -> str:
         # Numbers are measured in fp32; where nothing is measured, the fast arithmetic of this machine serves.
@@ -250,9 +194,9 @@ class ComparisonPanel:
             model = self._networks[self.network.value] = model()
         return model.to(self.device).eval()
 
-    def _fitting_size(self, rgb: np.ndarray, scale: int) -> tuple[int, str]:
+    def _fitting_size(self, rgb: np.ndarray, scale: float) -> tuple[int, str]:
         """The part's side, limited where the enlarged picture would be too large for a browser."""
-        size, most = self.size.value, MOST_PIXELS // (scale**2 if self.mode.value == AS_IS else 1)
+        size, most = self.size.value, int(MOST_PIXELS / (scale**2 if self.mode.value == AS_IS else 1))
         h, w = rgb.shape[:2]
         if size or h * w <= most:
             return size, ""
@@ -260,7 +204,7 @@ class ComparisonPanel:
         self.across.disabled = self.down.disabled = False
         return (
             limit,
-            f"{self.photo.value} is {w} x {h} pixels: too large at x{scale}, so {limit} x {limit} are shown.",
+            f"{self.photo.value} is {w} x {h} pixels: too large at x{scale:g}, so {limit} x {limit} are shown.",
         )
 
     # ---- uploads ----
@@ -353,7 +297,7 @@ class ComparisonPanel:
             self._label(self.network.value if key == "network" else key, key): picture
             for key, picture in self.result.pictures().items()
         }
-        title = f"{self.photo.value}, x{self.result.scale}, mode “{self.mode.value}”"
+        title = f"{self.photo.value}, x{self.result.scale:g}, mode “{self.mode.value}”"
         return show.side_by_side(named, crop=crop, title=title)
 
 
@@ -364,7 +308,7 @@ def bundled_photos() -> dict[str, Path]:
     return {f"{path.parent.name}/{path.stem}": path for path in files}
 
 
-def _named_photos(photos: Mapping[str, Photo | Tensor] | Sequence[str | Path] | None) -> dict[str, Photo]:
+def named_photos(photos: Mapping[str, Photo | Tensor] | Sequence[str | Path] | None) -> dict[str, Photo]:
     if photos is None:
         return bundled_photos()
     if isinstance(photos, Mapping):
@@ -378,7 +322,7 @@ def explorer_panel(
     """Every trained network against bicubic, on the bundled photos (or ``photos``) and on uploaded ones."""
     where = str(runtime.pick_device(device))
     networks = {name: functools.partial(checkpoints.cached, name, where) for name in checkpoints.available()}
-    return ComparisonPanel(networks, _named_photos(photos), upload=True, device=device)
+    return ComparisonPanel(networks, named_photos(photos), upload=True, device=device)
 
 
 def compare_panel(
@@ -392,4 +336,4 @@ def compare_panel(
     A model is a plain module with attribute ``scale``; it is put into evaluation mode on ``device``.
     """
     networks = dict(model) if isinstance(model, Mapping) else {name: model}
-    return ComparisonPanel(networks, _named_photos(photos), upload=False, device=device)
+    return ComparisonPanel(networks, named_photos(photos), upload=False, device=device)

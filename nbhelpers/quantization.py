@@ -91,6 +91,8 @@ def quantize(
     if path.suffix != ".onnx":
         raise ValueError(f"cannot write {path}: name the file *.onnx")
     network, patches = checkpoints.load(model), []
+    if hasattr(network, "at"):
+        raise QuantizationError(f"{str(model)!r} is for any scale; only networks for one scale can be quantised")
     if not dynamic and hasattr(network, "scale"):  # before the export, which takes longer and refuses what has none
         patches = list(calibration_patches(calibration, network.scale, limit))
     with tempfile.TemporaryDirectory() as folder, runtime.atomic_path(path) as part:

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from .models import sampling
 from .pixel import PixelModule
 
 
@@ -25,11 +26,15 @@ class ScaleModule(PixelModule):
     """
 
     def predict(self, lr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
-        """(sr, target) at the sampled pixels: "b 3 q 1" for points, "b 3 n n" for a square or the whole picture."""
+        """(sr, target) at the sampled pixels: "b 3 q 1" for points, else "b 3 rows columns"."""
         features, s = self.model.encode(lr), self.cfg.scales
-        size, b = hr.shape[-2:], hr.shape[0]
+        size, b, shape = hr.shape[-2:], hr.shape[0], lr.shape[-2:]
         if not s.samples or s.samples >= size.numel():
             return self.model.render(features, lr, size), hr
+        if s.region == "lattice":
+            each = max(1, round((s.samples / shape.numel()) ** 0.5))
+            rows, columns = (sampling.lattice(n, m, each).to(hr.device) for n, m in zip(shape, size, strict=True))
+            return self.model.render(features, lr, size, rows=rows, columns=columns), hr[:, :, rows][..., columns]
         if s.region == "square":
             n = math.isqrt(s.samples)
             top, left = (int(torch.randint(side - n + 1, ())) for side in size)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sampling
-from .continuous import CHUNK
+from .continuous import CHUNK, MOST_PIXELS
 from .lmf import LMLTE
 
 LEVELS = (1, 1.5, 2, 3, 4, 6)  # scales that easy regions may be rendered at
@@ -117,11 +117,12 @@ def render(model: LMLTE, features: Tensor, lr: Tensor, size: tuple[int, int], ta
 
     Each level's details are enlarged bilinearly and replaced where the next level is needed, as published; unlike
     there the skip stays that of the full size, and a level also renders the pixels next to its own, which enlarging
-    reads. Without a gradient. Raises ValueError as ``LMLTE.render`` does, and for a network without modulations.
+    reads. Without a gradient, and with the latents of the whole picture at once, about 6 KB for each input pixel.
+    Raises ValueError as ``LMLTE.render`` does, and for a network without modulations.
     """
     _check(model)
     shape = tuple(features.shape[-2:])
-    size = sampling.check_size(size, 2**62)
+    size = sampling.check_size(size, MOST_PIXELS)
     ratio, axes = _plan(model, shape, size)
     latent = model.latent(features, ratio)
     found, strong, low = None, strength(model, latent), -1.0
@@ -236,7 +237,7 @@ def render_shared(model: LMLTE, features: Tensor, lr: Tensor, size: tuple[int, i
     if not model.mod_input:
         raise ValueError("sharing needs mod_input=True: without it pixels differ beside their modulations")
     shape = tuple(features.shape[-2:])
-    size = sampling.check_size(size, 2**62)
+    size = sampling.check_size(size, MOST_PIXELS)
     ratio, axes = _plan(model, shape, size)
     label, means = cluster(model.shared(features, ratio)[0], threshold)
     latent = model.hyper(means)

@@ -124,8 +124,10 @@ class ContinuousSR(AnyScale):
         """Colours "n q 3", -1 … 1, from latents "n c" at q ``offsets`` "n q 2" from each, in input pixels."""
         raise NotImplementedError
 
-    def cell(self, ratio: tuple[float, float], like: Tensor) -> Tensor:
+    def cell(self, ratio: tuple[float, float] | Tensor, like: Tensor) -> Tensor:
         """Size of an output pixel (y, x) in halves of an input pixel, as the papers count it, not below training's."""
+        if isinstance(ratio, Tensor):  # "2": an exported program is told when it runs
+            return 2 / ratio.clamp_max(self.max_scale)
         return like.new_tensor([2 / min(r, self.max_scale) for r in ratio], dtype=torch.float32)
 
     # ---- the network ----
@@ -226,6 +228,11 @@ class ContinuousSR(AnyScale):
         offsets = offsets.view(1, h * w, i * j, 2).expand(b, -1, -1, -1).reshape(-1, i * j, 2)
         decoded = self.decode(latent.reshape(-1, c), offsets, ratio)
         return decoded.view(b, h, w, i, j, 3).permute(0, 1, 3, 2, 4, 5).reshape(b, h * i, w * j, 3)
+
+    def at_points(self, features: Tensor, lr: Tensor, ratio: tuple[float, float] | Tensor, axes: Axes) -> Tensor:
+        """Output pixels "b q 3" at single places, each axis "b q"; ``ratio`` may be a tensor (y, x)."""
+        base = None if self.skip is None else sampling.interpolate_points(lr.float(), axes, self.skip)
+        return _finish(self._mix(self.latent(features, ratio), axes, ratio), base)
 
     def _points(
         self,

@@ -35,14 +35,15 @@ class CrossScaleAttention(nn.Module):
         self.scale = softmax_scale / channels**0.5
         self.query, self.key, self.value = (nn.Conv2d(channels, channels, 1) for _ in range(3))
 
-    def _shrunk(self, x: Tensor) -> list[Tensor]:
+    def shrunk(self, x: Tensor) -> list[Tensor]:
+        """``x`` at each scale: means of s x s pixels."""
         options = {"ceil_mode": True, "count_include_pad": False}
         return [x if s == 1 else F.avg_pool2d(x, s, **options) for s in self.multi_scale]
 
     def forward(self, x: Tensor) -> Tensor:
         query = _tokens(self.query(x))
         found = 0
-        for small in self._shrunk(x):
+        for small in self.shrunk(x):
             key, value = _tokens(self.key(small)), _tokens(self.value(small))
             found = found + F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         return x + found[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]).to(x.dtype)
@@ -52,7 +53,7 @@ class CrossScaleAttention(nn.Module):
         """Where one pixel of the features "1 c h w" looks: for each scale a map "h/s w/s" that sums to 1."""
         query = self.query(x[:, :, row : row + 1, column : column + 1])
         maps = []
-        for small in self._shrunk(x):
+        for small in self.shrunk(x):
             logits = (query * self.key(small)).sum(1)[0] * self.scale
             maps.append(logits.flatten().softmax(0).view_as(logits))
         return maps

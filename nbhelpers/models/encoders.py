@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .rlfn import CELL, RLFB, reach
+
 
 def _conv(before: int, after: int, kernel: int = 3) -> nn.Conv2d:
     return nn.Conv2d(before, after, kernel, padding=kernel // 2)
@@ -195,6 +197,28 @@ def swin_reach(depths: Sequence[int], window: int) -> int:
     return worst + 2
 
 
+class RLFN(nn.Module):
+    """M23-RLFN (:class:`nbhelpers.models.rlfn.M23_RLFN`) without its last layer, 673,036 parameters.
+
+    Its layers have the same names, so a trained network for one scale can start it: ``init_from``.
+
+    Args: n_feats, n_blocks as there; checkpointing as for :class:`EDSR`.
+    """
+
+    grid = CELL
+
+    def __init__(self, n_feats: int = 52, n_blocks: int = 8, checkpointing: bool = False):
+        super().__init__()
+        _check_sizes(n_feats=n_feats, n_blocks=n_blocks)
+        self.out_channels, self.halo, self.checkpointing = n_feats, reach(n_blocks) + 2, checkpointing
+        self.head, self.body_conv = _conv(3, n_feats), _conv(n_feats, n_feats)
+        self.body = nn.Sequential(*(RLFB(n_feats) for _ in range(n_blocks)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head((x + 1) / 2)  # it knows pictures in [0, 1]
+        return x + self.body_conv(_outputs(self.body, x, self.checkpointing)[-1])
+
+
 # name: class and arguments. SwinIR, EDSR-b and RDN are document 001's names; it gives SwinIR's sizes.
 PRESETS: dict[str, tuple[type[nn.Module], dict[str, object]]] = {
     "EDSR-b": (EDSR, {}),
@@ -204,6 +228,7 @@ PRESETS: dict[str, tuple[type[nn.Module], dict[str, object]]] = {
         {"embed_dim": 96, "depths": (6, 6, 6, 6), "num_heads": 6, "window_size": 8, "patch_size": 1},
     ),
     "SwinIR-light": (SwinIR, {}),
+    "RLFN": (RLFN, {}),
 }
 
 

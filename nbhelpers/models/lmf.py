@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from .continuous import ContinuousSR
 from .cross_scale import CrossScaleAttention
 
+STARTS = ("linear", "default")
+OPEN = 0.1  # where the render network's activations begin: as far as details usually go, and a ReLU is linear there
+FREQUENCY = 0.75  # first frequencies of the render network's waves, at most, in half periods in half a pixel
+
 
 def mlp(sizes: Sequence[int]) -> nn.Sequential:
     """Linear layers of these widths with ReLU between."""
@@ -110,7 +114,8 @@ class ModulatedMLP(nn.Module):
     """The render network: ``depth`` linear layers of ``width``, each followed by x·(1 + scale) + shift and ReLU.
 
     "n q before" and modulations "n 2·depth·width" (all scales, then all shifts; None: none) → "n q 3". In fp32, on a
-    CPU the faster arithmetic for layers as narrow as these.
+    CPU the faster arithmetic for layers as narrow as these. Ours: modulations are divided by ``depth``. Adam moves all
+    weights by steps of one size, the effects of the layers add up, and undivided they overshoot.
     """
 
     def __init__(self, before: int, width: int = 16, depth: int = 8):
@@ -124,7 +129,8 @@ class ModulatedMLP(nn.Module):
             x = x.float()
             if modulation is not None:
                 # unbind, not an index for each layer: its gradient is one copy, not as many as there are layers.
-                scale, shift = modulation.float().view(-1, 2, self.depth, 1, self.width).unbind(1)
+                divided = modulation.float() / self.depth
+                scale, shift = divided.view(-1, 2, self.depth, 1, self.width).unbind(1)
                 scales, shifts = (1 + scale).unbind(1), shift.unbind(1)
             for i, layer in enumerate(self.layers):
                 x = layer(x)
@@ -132,6 +138,20 @@ class ModulatedMLP(nn.Module):
                     x = torch.addcmul(shifts[i], x, scales[i], out=None if torch.is_grad_enabled() else x)
                 x = x.relu_()
             return self.last(x)
+
+    @torch.no_grad()
+    def start_linear(self) -> None:
+        """First weights with which it is a linear map, through which signals and gradients pass undamped.
+
+        Rotations around a point at which every ReLU is open: x → ReLU(W(x - c) + c), c = ``OPEN``.
+        """
+        for i, layer in enumerate(self.layers):
+            nn.init.orthogonal_(layer.weight)
+            layer.bias.fill_(OPEN)
+            if i:
+                layer.bias.sub_(OPEN * layer.weight.sum(1))
+        nn.init.orthogonal_(self.last.weight)
+        self.last.bias.copy_(-OPEN * self.last.weight.sum(1))
 
 
 class LMLTE(ContinuousSR):
@@ -149,8 +169,11 @@ class LMLTE(ContinuousSR):
         positional_encoding: waves; else (an ablation) their angles, which are linear in the offset.
         non_local_attn, multi_scale, softmax_scale: see :class:`nbhelpers.models.cross_scale.CrossScaleAttention`;
             document 001 has it on, the published LMLTE has none. With it every pixel sees the whole picture.
+        start: first weights: "linear", ours: details are zero, and a linear mix of waves can be learnt at once (see
+            :meth:`ModulatedMLP.start_linear`), or "default", PyTorch's, by which learning begins slowly: eight layers
+            of them hardly pass a signal.
 
-    Raises ValueError without both mod_input and modulation, and for sizes that cannot be.
+    Raises ValueError without both mod_input and modulation, for sizes that cannot be, and for an unknown start.
     """
 
     def __init__(
@@ -172,6 +195,7 @@ class LMLTE(ContinuousSR):
         multi_scale: Sequence[int] = (2,),
         softmax_scale: float = 1.0,
         max_scale: float = 4,
+        start: str = "linear",
     ):
         super().__init__(encoder, scale, skip, local_ensemble, cell_decode, max_scale, local_size)
         for name, value in {"hidden": hidden, "render_width": render_width}.items():
@@ -181,6 +205,8 @@ class LMLTE(ContinuousSR):
             raise ValueError(f"render_depth {render_depth} and hyper_width {hyper_width} must be at least 1")
         if not (mod_input or modulation):
             raise ValueError("mod_input=False and modulation=False leave the hyper-network without a task; set one")
+        if start not in STARTS:
+            raise ValueError(f"start {start!r} is unknown; choose one of {list(STARTS)}")
         self.hidden, self.mod_input, self.positional_encoding = hidden, mod_input, positional_encoding
         self.modulations = 2 * render_depth * render_width * modulation
         self.attention = None
@@ -195,6 +221,20 @@ class LMLTE(ContinuousSR):
             nn.Linear(2, n // 2, bias=False) if needed else None
             for n, needed in ((hidden, cell_decode), (render_width, cell_decode and mod_input))
         )
+        if start == "linear":
+            self._start_linear(render_width)
+
+    @torch.no_grad()
+    def _start_linear(self, waves: int) -> None:
+        self.render_mlp.start_linear()
+        asks = self.hyper[-1]  # for modulations, amplitudes and frequencies, in this order
+        nn.init.zeros_(asks.weight)
+        nn.init.zeros_(asks.bias)
+        if self.mod_input:
+            nn.init.uniform_(asks.bias[-waves:], -FREQUENCY, FREQUENCY)
+        else:  # the amplitudes come from elsewhere and are not zero
+            nn.init.zeros_(self.render_mlp.last.weight)
+            nn.init.zeros_(self.render_mlp.last.bias)
 
     def encode(self, x: Tensor) -> Tensor:
         features = super().encode(x)

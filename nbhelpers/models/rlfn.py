@@ -72,6 +72,14 @@ class RLFB(nn.Module):
         return x + self.esa(self.branch(x))
 
 
+def reach(n_blocks: int) -> int:
+    """How far ``n_blocks`` RLFB see in the worst case, in pixels.
+
+    A block moves the edge of what is seen to a cell's border, 34 pixels away at most, each further one by five cells.
+    """
+    return 34 + 5 * CELL * (n_blocks - 1)
+
+
 class M23_RLFN(nn.Module):
     """Document 000's network: "b 3 h w" in [0, 1] → "b 3 h·scale w·scale", unclamped; any h and w from 1 pixel on.
 
@@ -108,9 +116,7 @@ class M23_RLFN(nn.Module):
         self.body_conv = nn.Conv2d(n_feats, n_feats, 3, padding=1)
         self.to_subpixels = nn.Conv2d(n_feats, 3 * scale**2, 3, padding=1)
         self.skip = BicubicUpsample(scale)
-        # Three 3x3 convolutions outside the blocks. A block moves the edge of what is seen to a cell's border, 34
-        # pixels away at most, and each further block by five cells.
-        self.halo = 3 + 34 + 5 * CELL * (n_blocks - 1)
+        self.halo = reach(n_blocks) + 3  # three 3x3 convolutions outside the blocks
         if use_m23 or init is not None:
             initialise(self, init or "m23", seed=None)  # what is random follows torch.manual_seed
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROUNDING = 1e-4  # of positions made from float32 coordinates, in pixels of a picture up to about 3,000 wide
 SKIPS = {"bilinear": 1, "bicubic": 2}  # interpolations of the small picture: how many pixels away they see
 
 
@@ -50,8 +51,11 @@ class Axis:
         return Axis(self.low.to(device), self.fraction.to(device))
 
     def nearest(self) -> Axis:
-        """The same positions, counted from the nearest input pixel: ``fraction`` is -0.5 … 0.5."""
-        up = (self.fraction >= 0.5).long()
+        """The same positions, counted from the nearest input pixel: ``fraction`` is about -0.5 … 0.5.
+
+        Halfway is the next pixel's, also where float32 coordinates miss it by rounding.
+        """
+        up = (self.fraction >= 0.5 - ROUNDING).long()
         return Axis(self.low + up, self.fraction - up)
 
 
@@ -79,8 +83,14 @@ def axes_of(coords: Tensor, size: tuple[int, int]) -> tuple[Axis, Axis]:
         worst = "none" if not coords.numel() else f"{float(coords.abs().max()):.6g}"
         raise ValueError(f"coordinates must lie in [-1, 1] and be at least one; the largest is {worst}")
     # MPS has no float64; the CPU has, and the numbers are few.
-    y, x = ((coords[..., i].cpu().double() + 1) * (size[i] / 2) - 0.5 for i in range(2))
-    return _split(y).to(coords.device), _split(x).to(coords.device)
+    y, x = axes_between(coords.cpu(), size)
+    return y.to(coords.device), x.to(coords.device)
+
+
+def axes_between(coords: Tensor, size: tuple[int, int]) -> tuple[Axis, Axis]:
+    """:func:`axes_of` without its checks, which a program that is exported cannot make."""
+    y, x = ((coords[..., i].double() + 1) * (size[i] / 2) - 0.5 for i in range(2))
+    return _split(y), _split(x)
 
 
 def output_axes(size: tuple[int, int], shape: tuple[int, int], device: torch.device) -> tuple[Axis, Axis]:
@@ -91,6 +101,20 @@ def output_axes(size: tuple[int, int], shape: tuple[int, int], device: torch.dev
 def span(start: int, stop: int, n_in: int, n_out: int) -> slice:
     """The output pixels whose centres lie in input pixels ``start`` … ``stop`` - 1."""
     return slice(math.ceil(start * n_out / n_in - 0.5), math.ceil(stop * n_out / n_in - 0.5))
+
+
+def lattice(n_in: int, n_out: int, each: int = 1) -> Tensor:
+    """Output pixels of one axis drawn at random, in rising order: ``each`` between any two neighbouring input pixels.
+
+    Rows and columns drawn so make a grid that covers the picture evenly and asks every input pixel the same number of
+    questions, which is what :class:`Slots` are cheapest for.
+    """
+    low, gaps = axis(n_in, n_out).low, torch.arange(-1, n_in)
+    start, stop = torch.searchsorted(low, gaps), torch.searchsorted(low, gaps, right=True)
+    start, stop = start[stop > start], stop[stop > start]  # a scale below 1 leaves some empty
+    share = (torch.arange(each) + torch.rand(len(start), each)) / each
+    drawn = start[:, None] + (share * (stop - start)[:, None]).long()
+    return torch.minimum(drawn, stop[:, None] - 1).flatten()
 
 
 # --- Grids: all output pixels an input pixel has a say in -------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from ..images import find_images
 from ..models import cmsr
 from ..models.lmf import LMLTE
 from . import Row, validation, write
+from .lmf_scales import NETWORK
 
 NAME = "cmsr.csv"
-NETWORK = "lmlte_edsr_small"
 SCALES = (4, 8, 12)
 CALIBRATED_ON = 8  # training photos: the table must not know the pictures it is measured on
 MSES = (1e-7, 1e-6, 3e-6, 1e-5, 2e-5, 5e-5, 1e-4, 3e-4, 1e-3)  # what levels may lose; the publication takes 2e-5
@@ -28,6 +29,20 @@ REPEATS = 3
 
 def _small(photos: Sequence[Tensor], scale: float) -> list[Tensor]:
     return [downscale(crop_to_multiple(photo.float() / 255, scale), scale) for photo in photos]
+
+
+def _ways(
+    model: LMLTE, errors: Tensor, levels: Sequence[float], mses: Sequence[float], thresholds: Sequence[float]
+) -> dict[tuple[str, float, str], Callable[..., cmsr.Cheap]]:
+    """{(method, setting, table as text): how it renders features, their picture, to a size}; the plain one first."""
+    ways = {("plain", 0.0, ""): lambda f, x, size: cmsr.Cheap(model.render(f, x, size), 1.0)}
+    for mse in mses:
+        table = cmsr.make_table(errors, mse, levels)
+        text = " ".join(f"{level:g}:{limit:.4g}" for level, limit in table.items())
+        ways["levels", mse, text] = functools.partial(cmsr.render, model, table=table)
+    for limit in thresholds:
+        ways["shared", limit, ""] = functools.partial(cmsr.render_shared, model, threshold=limit)
+    return ways
 
 
 @torch.no_grad()
@@ -50,13 +65,7 @@ def curve(
     levels = [level for level in cmsr.LEVELS if level < scale]
     errors = torch.cat([cmsr.level_errors(model, p[None], scale, levels) for p in calibration], 1)
     inputs = [(model.encode(lr[None]), lr[None], tuple(hr.shape[-2:])) for lr, hr in pictures]
-    ways = {("plain", 0.0, ""): lambda f, x, size: cmsr.Cheap(model.render(f, x, size), 1.0)}
-    for mse in mses:
-        table = cmsr.make_table(errors, mse, levels)
-        text = " ".join(f"{level:g}:{limit:.4g}" for level, limit in table.items())
-        ways["levels", mse, text] = lambda f, x, size, table=table: cmsr.render(model, f, x, size, table)
-    for limit in thresholds:
-        ways["shared", limit, ""] = lambda f, x, size, limit=limit: cmsr.render_shared(model, f, x, size, limit)
+    ways = _ways(model, errors, levels, mses, thresholds)
     runs = [lambda way=way: [way(*one) for one in inputs] for way in ways.values()]
     times = profiling.medians_ms(runs, repeats, warmup=1)
     rows: list[Row] = []

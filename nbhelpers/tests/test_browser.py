@@ -75,11 +75,10 @@ def short_notebook(folder: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """JupyterLab on a free port with its own settings, so that nothing of the user's is read or changed."""
-    folder = tmp_path_factory.mktemp("lab")
-    short_notebook(folder)
+@contextlib.contextmanager
+def jupyter_lab(folder: Path):
+    """JupyterLab on a free port with its own settings, so that nothing of the user's is read or changed; (address,
+    token)."""
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))  # no look at the network, no pop-up
@@ -110,6 +109,15 @@ def server(tmp_path_factory):
         process.kill()
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server with the explorer's notebook."""
+    folder = tmp_path_factory.mktemp("lab")
+    short_notebook(folder)
+    with jupyter_lab(folder) as address_and_token:
+        yield address_and_token
+
+
 def wait_for_server(url: str, process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
@@ -130,9 +138,9 @@ def wait_for_kernel(address: str, token: str) -> None:
     pytest.fail(f"no kernel was ready within {START_SECONDS} s")
 
 
-@pytest.fixture(scope="module")
-def page(server):
-    """The notebook opened and run to the panel, the viewer painted; ``page.problems`` collects console errors."""
+@contextlib.contextmanager
+def opened(server: tuple[str, str], name: str):
+    """A notebook opened and run to the panel, the viewer painted; ``page.problems`` collects console errors."""
     with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
@@ -140,7 +148,7 @@ def page(server):
         page.on("console", lambda m: m.type == "error" and page.problems.append(f"{m.text} ({m.location.get('url')})"))
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         address, token = server
-        page.goto(f"{address}/lab/tree/explorer.ipynb?token={token}")
+        page.goto(f"{address}/lab/tree/{name}.ipynb?token={token}")
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=START_SECONDS * 1000)
         wait_for_kernel(address, token)
         idle = "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
@@ -150,11 +158,18 @@ def page(server):
         try:
             page.wait_for_selector(f"{CANVAS}[data-updates]", timeout=START_SECONDS * 1000)
         except playwright_api.Error:
-            page.screenshot(path=screenshot_path("explorer_failed.png"))
-            pytest.fail(f"the viewer did not appear, see runs/screenshots/explorer_failed.png; {page.problems}")
+            page.screenshot(path=screenshot_path(f"{name}_failed.png"))
+            pytest.fail(f"the viewer did not appear, see runs/screenshots/{name}_failed.png; {page.problems}")
         page.locator(CANVAS).scroll_into_view_if_needed()
         yield page
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    """The explorer."""
+    with opened(server, "explorer") as page:
+        yield page
 
 
 def screenshot_path(name: str) -> Path:
@@ -180,6 +195,11 @@ def waits_for_change(page, before: list[int], what: str, seconds: float = 30) ->
             return now
         page.wait_for_timeout(50)
     pytest.fail(f"the picture did not change within {seconds} s after: {what}; status: {status(page)}")
+
+
+def our_problems(page) -> list[str]:
+    """Console errors that are not known to be harmless."""
+    return [text for text in page.problems if not any(re.search(pattern, text) for pattern in HARMLESS)]
 
 
 def status(page) -> str:
@@ -277,5 +297,4 @@ def test_screenshot_and_no_console_errors(page):
         canvas.press("PageUp")
     page.wait_for_function(f"() => document.querySelector('{CANVAS}').getAttribute('aria-valuenow') === '50'")
     page.screenshot(path=screenshot_path("explorer.png"))
-    ours = [text for text in page.problems if not any(re.search(pattern, text) for pattern in HARMLESS)]
-    assert ours == []
+    assert our_problems(page) == []

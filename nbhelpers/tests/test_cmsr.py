@@ -15,7 +15,7 @@ SIZES = [(88, 104), (41, 60), (44, 52)]  # x8, fractional and different per axis
 
 def network(**options: object) -> LMLTE:
     torch.manual_seed(0)
-    return models.build("LMLTE", encoder=SMALL, **options).eval()
+    return models.build("LMLTE", encoder=SMALL, start="default", **options).eval()
 
 
 def picture(h: int = 11, w: int = 13, batch: int = 1) -> torch.Tensor:
@@ -152,6 +152,8 @@ def test_clusters_are_squares_of_alike_pixels():
         (lambda m, f, x: cmsr.render_shared(m, f, x, (88, 104), -1), "threshold -1 must be at least 0"),
         (lambda m, f, x: cmsr.make_table(torch.rand(2, 9), -1, (1,)), "mse -1 must be at least 0"),
         (lambda m, f, x: cmsr.render(m, f, x, (0, 104), {}), "0x104 is an empty picture"),
+        (lambda m, f, x: cmsr.render(m, f, x, (10**5, 10**5), {}), "more than the 33,554,432 rendered at once"),
+        (lambda m, f, x: cmsr.render_shared(m, f, x, (10**5, 10**5), 0), "more than the 33,554,432"),
     ],
 )
 def test_wrong_calls_are_quoted(call, quoted):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nbhelpers import models
+from nbhelpers import checkpoints, models
 from nbhelpers.models.encoders import PRESETS, SwinIR, build_encoder, swin_reach
 
 TINY = {
     "EDSR-b": {"n_feats": 4, "n_blocks": 2},
     "RDN": {"n_feats": 4, "n_blocks": 2, "n_layers": 2, "growth": 4},
     "SwinIR": {"embed_dim": 8, "depths": [3, 2], "num_heads": 2, "window_size": 4},
+    "RLFN": {"n_feats": 8, "n_blocks": 2},
 }
 
 
@@ -27,6 +28,7 @@ def tiny(preset: str, **sizes: object) -> torch.nn.Module:
         ("RDN", 21_973_952, 64, 131),
         ("SwinIR-light", 903_660, 60, 102),
         ("SwinIR", 2_245_488, 96, 102),
+        ("RLFN", 673_036, 52, 246),
     ],
 )
 def test_sizes(preset, parameters, channels, halo):
@@ -51,7 +53,7 @@ def test_features_are_of_the_pictures_size(preset, size):
     assert out.shape == (2, tiny(preset).out_channels, *size) and torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize("preset", TINY)
+@pytest.mark.parametrize("preset", [name for name in TINY if name != "RLFN"])  # of which test_rlfn finds it
 def test_halo_is_the_reach(preset):
     """A changed pixel reaches ``halo`` pixels at the worst place of the grid, and nowhere further."""
     encoder = tiny(preset).double().eval()
@@ -65,6 +67,23 @@ def test_halo_is_the_reach(preset):
         moved = ((encoder(changed) - before).abs().amax(1)[0] > 0).nonzero() - place
         reach = max(reach, int(moved.abs().max()))
     assert reach == encoder.halo
+
+
+def test_a_trained_upscaler_starts_the_encoder(tmp_path):
+    """Of the features that M23-RLFN shuffles into a picture, the encoder gives the same."""
+    sizes = {"n_feats": 8, "n_blocks": 1}
+    donor = models.build("M23_RLFN", scale=2, use_m23=False, **sizes).eval()
+    arguments = {"scale": 2, "use_m23": False, **sizes}
+    checkpoints.save("donor", donor, "M23_RLFN", arguments, {}, [], tmp_path)
+    model = models.build("LMLTE", encoder={"preset": "RLFN", **sizes}).eval()
+    copied = checkpoints.copy_matching(model, "donor", tmp_path)
+    assert copied == sorted(f"encoder.{k}" for k in model.encoder.state_dict())
+    assert model.encoder.halo == donor.halo - 1
+    x, features = torch.rand(1, 3, 14, 17), []
+    donor.to_subpixels.register_forward_hook(lambda module, given, out: features.append(given[0]))
+    with torch.no_grad():
+        donor(x)
+        torch.testing.assert_close(model.encode(x), features[0], atol=1e-5, rtol=1e-5)
 
 
 def test_reach_without_attention_is_that_of_the_convolutions():
@@ -99,13 +118,21 @@ def test_swinir_gives_the_features_of_another_implementation():
 def test_checkpointing_changes_nothing_but_memory(preset):
     plain, saving = tiny(preset), tiny(preset, checkpointing=True)
     x = torch.rand(1, 3, 8, 8)
-    results = []
+    results, kept = [], []
     for encoder in (plain, saving):
-        out = encoder(x)
+        kept.append(0)
+
+        def count(saved: torch.Tensor) -> torch.Tensor:
+            kept[-1] += saved.nbytes
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+            out = encoder(x)
         out.square().sum().backward()
         results.append([out, *(p.grad for p in encoder.parameters())])
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two)
+    assert kept[1] < kept[0] / 2, "bytes kept for the gradient"
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,20 @@ from nbhelpers.models.cross_scale import CrossScaleAttention
 from nbhelpers.models.lmf import LIIF, LMLTE, LTE
 
 SMALL = {"preset": "EDSR-b", "n_feats": 6, "n_blocks": 1}
-SIZES = [((5, 7), (13, 30)), ((6, 4), (12, 8)), ((1, 3), (4, 4)), ((7, 6), (4, 5)), ((4, 5), (31, 17))]
+SIZES = [
+    ((5, 7), (13, 30)),
+    ((2, 20), (4, 70)),  # some places lie halfway between two input pixels
+    ((6, 4), (12, 8)),
+    ((1, 3), (4, 4)),
+    ((7, 6), (4, 5)),
+    ((4, 5), (31, 17)),
+]
 
 
 def network(arch: str = "LMLTE", **options: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    return models.build(arch, **{"encoder": SMALL, **options}).eval()
+    start = {"start": "default"} if arch == "LMLTE" else {}  # ours begins without details
+    return models.build(arch, **{"encoder": SMALL, **start, **options}).eval()
 
 
 def every_pixel(size: tuple[int, int], batch: int = 1) -> Tensor:
@@ -184,6 +192,18 @@ def test_tiles_of_windows_equal_the_whole_picture():
     torch.testing.assert_close(inference.upscale(model, x, tile=25), whole, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("n_in", "n_out"), [(7, 7), (7, 19), (32, 45), (5, 40), (8, 3)])
+@pytest.mark.parametrize("each", [1, 3])
+def test_a_lattice_has_as_many_pixels_in_every_gap(n_in, n_out, each):
+    low, seen = sampling.axis(n_in, n_out).low, set()
+    for _ in range(60):
+        drawn = sampling.lattice(n_in, n_out, each)
+        assert not (drawn.diff() < 0).any()
+        assert torch.equal(low[drawn].unique(return_counts=True)[1], torch.full((len(low.unique()),), each))
+        seen |= set(drawn.tolist())
+    assert seen == set(range(n_out))
+
+
 def test_a_picture_above_the_bound_is_refused_whole_and_made_in_tiles(monkeypatch):
     for module in (continuous, inference):
         monkeypatch.setattr(module, "MOST_PIXELS", 3000)
@@ -302,6 +322,31 @@ def test_committed_form_and_command_line(tmp_path, capsys):
         command = ["upscale", str(tmp_path / "small.png"), "-o", str(out), "--model", str(path), "--scale", scale]
         assert main([*command, "--tile", "9"]) == 0
         assert load_image(out).shape == (3, *size)
+    for model in (str(path), "bicubic"):
+        command = ["upscale", str(tmp_path / "small.png"), "-o", str(out), "--model", model, "--size", "70x33"]
+        assert main(command) == 0
+        assert load_image(out).shape == (3, 33, 70)
+
+
+def test_upscale_takes_a_scale_or_a_size():
+    model, x = network(), torch.rand(3, 7, 11)
+    rgb = x.mul(255).round().byte().movedim(0, -1).numpy()
+    for scale, size in ((2.7, (19, 30)), ((2, 3.5), (14, 38)), (0.5, (4, 6))):
+        expected = inference.upscale(model.at(scale), x)
+        assert expected.shape == (3, *size) and torch.equal(inference.upscale(model, x, scale=scale), expected)
+        assert inference.upscale(model, rgb, size=size).shape == (*size, 3)
+    assert torch.equal(inference.upscale(model, x, size=(14, 22)), inference.upscale(model.at(2), x))
+    fixed = models.build("ESPCN", scale=2, channels=8).eval()
+    assert inference.upscale(fixed, x, scale=2).shape == inference.upscale(fixed, x, size=(14, 22)).shape == (3, 14, 22)
+    for call, quoted in (
+        (lambda: inference.upscale(model, x, scale=2, size=(14, 22)), r"scale=2 or size=\(14, 22\), not both"),
+        (lambda: inference.upscale(model, x, scale=-1), "scale -1 must be a number above 0"),
+        (lambda: inference.upscale(model, x, size=(0, 22)), "0x22 is an empty picture"),
+        (lambda: inference.upscale(fixed, x, scale=3), "enlarges by 2, not by the 3"),
+        (lambda: inference.upscale(fixed, x, size=(15, 22)), "ESPCN makes 14x22 pixels of these, not 15x22"),
+    ):
+        with pytest.raises(ValueError, match=quoted):
+            call()
 
 
 def test_another_encoders_checkpoint_is_refused(tmp_path):

@@ -103,6 +103,8 @@ def module_for(*overrides: str) -> ScaleModule:
         (["scales.samples=0"], (2, 3, 23, 23)),
         (["scales.samples=5000"], (2, 3, 23, 23)),
         (["scales.region=square", "scales.samples=50"], (2, 3, 7, 7)),
+        (["scales.region=lattice", "scales.samples=100"], (2, 3, 11, 11)),
+        (["scales.region=lattice", "scales.samples=400"], (2, 3, 22, 22)),
     ],
 )
 def test_sampled_pixels_stand_beside_their_originals(overrides, shape):
@@ -112,7 +114,7 @@ def test_sampled_pixels_stand_beside_their_originals(overrides, shape):
     hr = torch.cat([place, place[:1]]).expand(2, -1, -1, -1)
     seen = []
     module.model.render = lambda f, lr, size, coords=None, rows=slice(None), columns=slice(None): (
-        seen.append(hr[..., rows, columns] if coords is None else torch.cat([coords, coords[..., :1]], -1).mT)
+        seen.append(hr[..., rows, :][..., columns] if coords is None else torch.cat([coords, coords[..., :1]], -1).mT)
         or seen[0]
     )
     sr, target = module.predict(torch.rand(2, 3, 10, 10), hr)
@@ -212,7 +214,7 @@ def test_the_published_setting():
         ("scales.range=3", "scales.range=3 must be two scales"),
         ("scales.samples=-1", "scales.samples=-1 must be a whole number of at least 0"),
         ("scales.grow=1.5", "scales.grow=1.5 must be a share of the run"),
-        ("scales.region=line", r"scales.region=line is unknown; choose one of \['points', 'square'\]"),
+        ("scales.region=line", r"scales.region=line is unknown; choose one of \['points', 'lattice', 'square'\]"),
         ("scales.validate=[2,3]", r"scales.validate=\[2, 3\] must be a list of scales with model.scale=4 among them"),
         ("scales.validate=[]", r"scales.validate=\[\]"),
         ("model.scale=2.5", "model.scale=2.5"),
