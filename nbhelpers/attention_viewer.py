@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
-import io
 from collections.abc import Mapping
 
 import ipywidgets as widgets
@@ -17,7 +15,7 @@ from .comparison import crop_window
 from .images import ImageError, read_picture, to_tensor
 from .models.continuous import ContinuousSR
 from .models.lmf import LMLTE
-from .panels import Photo, Root, bundled_photos
+from .panels import Panel, Photo, bundled_photos, picture_view
 
 SIDE = 96  # of the part of a photo that the network sees
 
@@ -39,7 +37,7 @@ def attention_at(model: LMLTE, picture: Tensor, row: int, column: int) -> dict[i
     return dict(zip(attention.multi_scale, attention.weights(features, row, column), strict=True))
 
 
-class AttentionPanel:
+class AttentionPanel(Panel):
     """See :func:`attention_panel`. Controls: ``photo, across, down``; views: ``image, status``; ``maps`` is what
     :func:`attention_at` gives, None after an error."""
 
@@ -49,17 +47,12 @@ class AttentionPanel:
         self.photo = widgets.Dropdown(options=list(self.photos), description="Photo", **wide)
         slider = functools.partial(widgets.IntSlider, min=0, max=100, value=50, **wide)
         self.across, self.down = slider(description="Across, %"), slider(description="Down, %")
-        self.image = widgets.Image(format="png", layout={"max_width": "100%", "width": "auto", "object_fit": "contain"})
+        self.image = picture_view()
         self.status = widgets.HTML()
-        columns = {"display": "grid", "grid_template_columns": "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"}
         controls = [self.photo, self.across, self.down]
-        self.root = Root([widgets.Box(controls, layout=columns), self.status, self.image], layout={"width": "100%"})
-        for control in controls:
-            control.observe(lambda change: self.update(), "value")
+        self._arrange(controls, self.image)
+        self._follow(controls)
         self.update()
-
-    def _repr_mimebundle_(self, **kwargs: object) -> object:
-        return self.root._repr_mimebundle_(**kwargs)
 
     def update(self) -> None:
         """Look from the place that the sliders give; problems appear in words."""
@@ -72,12 +65,10 @@ class AttentionPanel:
             self.maps = attention_at(self.model, self.picture, *self.place)
         except (ImageError, ValueError) as error:
             self.maps, self.image.value = None, b""
-            self.status.value = f"<div role='status'>⚠ {html.escape(str(error))}</div>"
+            self._say(f"⚠ {error}")
             return
-        self.status.value = f"<div role='status'>{html.escape(self.text())}</div>"
-        data = io.BytesIO()
-        self.figure().savefig(data, format="png", dpi=80)
-        self.image.value = data.getvalue()
+        self._say(self.text())
+        self._draw()
 
     def text(self) -> str:
         """How spread the weights are: how many places hold half of them. Raises ValueError after an error."""

@@ -49,7 +49,39 @@ class Root(widgets.VBox):
         return "Interactive panel: needs a running kernel; the figure beside it shows the same comparison."
 
 
-class ComparisonPanel:
+class Panel:
+    """What the viewers share: controls in columns above a status line and a view, redrawn when a control moves.
+
+    A subclass makes ``status``, calls :meth:`_arrange` and has ``update()``; :meth:`_draw` wants ``image`` and
+    ``figure()``.
+    """
+
+    def _arrange(self, controls: Sequence[widgets.Widget], view: widgets.Widget) -> None:
+        columns = {"display": "grid", "grid_template_columns": "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"}
+        self.root = Root([widgets.Box(list(controls), layout=columns), self.status, view], layout={"width": "100%"})
+
+    def _follow(self, controls: Sequence[widgets.Widget]) -> None:
+        for control in controls:
+            control.observe(lambda change: self.update(), "value")
+
+    def _repr_mimebundle_(self, **kwargs: object) -> object:
+        return self.root._repr_mimebundle_(**kwargs)
+
+    def _say(self, text: str) -> None:
+        self.status.value = f"<div role='status'>{html.escape(text)}</div>"
+
+    def _draw(self) -> None:
+        data = io.BytesIO()
+        self.figure().savefig(data, format="png", dpi=80)
+        self.image.value = data.getvalue()
+
+
+def picture_view() -> widgets.Image:
+    """An empty image as wide as its page at most."""
+    return widgets.Image(format="png", layout={"max_width": "100%", "width": "auto", "object_fit": "contain"})
+
+
+class ComparisonPanel(Panel):
     """Photo, network and damage choosers around a wipe viewer; build it with the two functions below.
 
     Controls: ``photo, upload, network, mode, scale, size, across, down, quality, compare_with, lpips``; views:
@@ -125,9 +157,6 @@ class ComparisonPanel:
             layout={"flex_flow": "row wrap", "grid_gap": "4px 24px", "align_items": "flex-end"},
         )
         self.root = Root([grid, self.status, self.viewer, below], layout={"width": "100%", "grid_gap": "6px"})
-
-    def _repr_mimebundle_(self, **kwargs: object) -> object:
-        return self.root._repr_mimebundle_(**kwargs)
 
     # ---- reacting ----
     def _changed(self, change: object = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from .comparison import crop_window, timed
 from .feature_cache import FeatureCache
 from .images import ImageError, load_image, to_tensor
 from .models.continuous import ContinuousSR
-from .panels import Photo, Root, named_photos
+from .panels import Panel, Photo, named_photos
 from .wipe import WipeViewer
 
 SIDE = 96  # of the small picture, in pixels
@@ -39,7 +38,7 @@ class ScaleView:
     encoded: bool
 
 
-class ScalePanel:
+class ScalePanel(Panel):
     """See :func:`scale_panel`. Controls: ``photo, network, scale, across, down``; views: ``viewer, status``; ``result``
     is the last :class:`ScaleView`, None after an error; ``cache`` holds the features."""
 
@@ -58,15 +57,10 @@ class ScalePanel:
         slider = functools.partial(widgets.IntSlider, min=0, max=100, value=50, **wide)
         self.across, self.down = slider(description="Across, %"), slider(description="Down, %")
         self.viewer, self.status = WipeViewer(), widgets.HTML()
-        columns = {"display": "grid", "grid_template_columns": "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"}
         controls = [self.scale, self.photo, self.network, self.across, self.down]
-        self.root = Root([widgets.Box(controls, layout=columns), self.status, self.viewer], layout={"width": "100%"})
-        for control in controls:
-            control.observe(lambda change: self.update(), "value")
+        self._arrange(controls, self.viewer)
+        self._follow(controls)
         self.update()
-
-    def _repr_mimebundle_(self, **kwargs: object) -> object:
-        return self.root._repr_mimebundle_(**kwargs)
 
     def update(self) -> None:
         """Render for the controls as they stand; problems appear in words, not as tracebacks."""
@@ -75,10 +69,10 @@ class ScalePanel:
         except (ImageError, ValueError) as error:
             self.result = None
             self.viewer.show(("bicubic", None), ("network", None), message="Nothing to show, see the line above.")
-            self.status.value = f"<div role='status'>⚠ {html.escape(str(error))}</div>"
+            self._say(f"⚠ {error}")
             return
         self.viewer.show(("bicubic", self.result.bicubic), (self.network.value, self.result.network))
-        self.status.value = f"<div role='status'>{html.escape(self.text())}</div>"
+        self._say(self.text())
 
     def _render(self) -> ScaleView:
         small, scale, model = self._small(), self.scale.value, self.networks[self.network.value]

@@ -6,8 +6,6 @@ panels do.
 
 from __future__ import annotations
 
-import html
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -62,7 +60,7 @@ def _run(model: nn.Module, picture: Tensor, hooks: Mapping[nn.Module, Callable[.
             handle.remove()
 
 
-class FeaturePanel:
+class FeaturePanel(panels.Panel):
     """Choosers of photo, layer and page around a picture of channels; see :func:`feature_panel`.
 
     Controls: ``photo, layer, page``; views: ``image, status``; ``maps`` holds what is shown, "c h w", None after an
@@ -76,18 +74,12 @@ class FeaturePanel:
         self.photo = widgets.Dropdown(options=list(self.photos), description="Photo", **wide)
         self.layer = widgets.Dropdown(options=names, value=layer or names[0], description="Layer", **wide)
         self.page = widgets.IntSlider(min=1, max=1, description="Page", **wide)
-        self.image = widgets.Image(format="png", layout={"max_width": "100%", "width": "auto", "object_fit": "contain"})
+        self.image = panels.picture_view()
         self.status = widgets.HTML()
-        columns = {"display": "grid", "grid_template_columns": "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"}
-        controls = widgets.Box([self.photo, self.layer, self.page], layout=columns)
-        self.root = panels.Root([controls, self.status, self.image], layout={"width": "100%"})
-        for control in (self.photo, self.layer):
-            control.observe(lambda change: self.update(), "value")
+        self._arrange([self.photo, self.layer, self.page], self.image)
+        self._follow([self.photo, self.layer])
         self.page.observe(lambda change: self._paint(), "value")
         self.update()
-
-    def _repr_mimebundle_(self, **kwargs: object) -> object:
-        return self.root._repr_mimebundle_(**kwargs)
 
     def update(self) -> None:
         """Run the network for the controls as they stand; problems appear in words."""
@@ -98,7 +90,7 @@ class FeaturePanel:
             self.maps = output_of(self.model, to_tensor(rgb[rows, columns]), self.layer.value)
         except (ImageError, ValueError, RuntimeError) as error:
             self.maps, self.image.value = None, b""
-            self.status.value = f"<div role='status'>⚠ {html.escape(str(error))}</div>"
+            self._say(f"⚠ {error}")
             return
         single = self.maps.shape[-2:] == (1, 1)
         self.page.max = 1 if single else -(-len(self.maps) // SHOWN)
@@ -109,10 +101,8 @@ class FeaturePanel:
             return
         c, h, w = self.maps.shape
         text = f"{self.layer.value}: {c} channels of {w} x {h} values, {self.maps.min():.2f} to {self.maps.max():.2f}"
-        self.status.value = f"<div role='status'>{html.escape(text)}</div>"
-        data = io.BytesIO()
-        self.figure().savefig(data, format="png", dpi=80)
-        self.image.value = data.getvalue()
+        self._say(text)
+        self._draw()
 
     def figure(self) -> Figure:
         """What is shown, for places without a kernel. Raises ValueError after an error."""
@@ -132,7 +122,7 @@ def feature_panel(
     return FeaturePanel(model, photos or panels.bundled_photos(), layer)
 
 
-class KernelPanel:
+class KernelPanel(panels.Panel):
     """Sliders that build the kernel of a block-orthogonal convolution; see :func:`kernel_panel`.
 
     Controls: ``num_matrices, r, placement``; views: ``image, status``; ``conv`` is the layer shown.
@@ -147,17 +137,12 @@ class KernelPanel:
         self.num_matrices = widgets.IntSlider(min=1, max=most, description="matrices", **wide)
         self.r = widgets.SelectionSlider(options=divisors, description="blocks r", **wide)
         self.placement = widgets.Dropdown(options=PLACEMENTS, description="placement", **wide)
-        self.image = widgets.Image(format="png", layout={"max_width": "100%", "width": "auto", "object_fit": "contain"})
+        self.image = panels.picture_view()
         self.status = widgets.HTML()
-        columns = {"display": "grid", "grid_template_columns": "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"}
         controls = [self.num_matrices, self.r, self.placement]
-        self.root = panels.Root([widgets.Box(controls, layout=columns), self.status, self.image])
-        for control in controls:
-            control.observe(lambda change: self.update(), "value")
+        self._arrange(controls, self.image)
+        self._follow(controls)
         self.update()
-
-    def _repr_mimebundle_(self, **kwargs: object) -> object:
-        return self.root._repr_mimebundle_(**kwargs)
 
     def _build(self, *structure: object) -> BlockOrthogonalConv2d:
         with torch.random.fork_rng(devices=[]):  # the same numbers each time
@@ -167,10 +152,8 @@ class KernelPanel:
     def update(self) -> None:
         """Build the layer for the controls as they stand."""
         self.conv = self._build(self.num_matrices.value, self.r.value, self.placement.value)
-        self.status.value = f"<div role='status'>{html.escape(self.text())}</div>"
-        data = io.BytesIO()
-        self.figure().savefig(data, format="png", dpi=80)
-        self.image.value = data.getvalue()
+        self._say(self.text())
+        self._draw()
 
     def text(self) -> str:
         """Sizes of the kernel, channels it reads, and how far its blocks are from orthogonal."""
