@@ -227,6 +227,10 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     p.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and any key that --show prints")
     p.add_argument("--show", action="store_true", help="print the whole configuration and stop")
+    if command in (None, "train"):
+        from .experiments import experiments
+
+        p.epilog += f"; experiments: {', '.join(experiments())}"
     p.set_defaults(run=_train)
 
     p = commands.add_parser("classify", help="picture classifiers: train, sweep, evaluate, infer, tracked runs")

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
@@ -355,6 +356,7 @@ def _label_points(fig: Figure, axis: object, points: Mapping[str, tuple[float, f
         text.remove()
         line = {"arrowstyle": "-", "linewidth": 0.5, "color": "0.5"} if far > 9 else None
         side = {"ha": "right" if dx < 0 else "left", "va": "center", "fontsize": 8}
+        side["path_effects"] = [withStroke(linewidth=3, foreground="white")]  # readable where it crosses a line
         axis.annotate(name, place, (dx, dy), textcoords="offset points", arrowprops=line, **side)
 
 
