@@ -138,7 +138,7 @@ def _network(cfg: DictConfig) -> nn.Module:
     """The network at the start of its training; seeded, warm where ``init_from`` names a donor."""
     runtime.seed_everything(cfg.seed)
     if OmegaConf.select(cfg, "prune") is not None:
-        return pruning.pruned(cfg).requires_grad_(True).to(memory_format=torch.channels_last)
+        return pruning.pruned(cfg).train().requires_grad_(True).to(memory_format=torch.channels_last)
     network = models.build(cfg.arch, **OmegaConf.to_container(cfg.model, resolve=True))
     if cfg.init_from:
         copied = checkpoints.copy_matching(network, cfg.init_from)

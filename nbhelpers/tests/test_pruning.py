@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbhelpers import checkpoints, deploy, inference, models, pruning, runtime
+from nbhelpers import checkpoints, deploy, inference, models, pruning, runtime, training
 from nbhelpers.__main__ import main
 from nbhelpers.experiments import compose
 
@@ -140,6 +140,14 @@ def test_the_command(photos, capsys):
     assert (runtime.CHECKPOINTS / "slim.safetensors").read_bytes() == before
     assert main(["evaluate", "--model", "slim", "--hr", str(photos / "photos" / "val"), "--no-lpips"]) == 0
     assert deploy.export("slim", photos / "slim.onnx")["sha256"] == new["sha256"]
+
+
+def test_training_on_begins_in_training_mode(photos):
+    """BatchNorm must count again, and the fast gradient of depthwise kernels is for training alone."""
+    changes = {"name": "slim", "init_from": "net", "prune": {"importance": "magnitude"}}
+    info = checkpoints.card("net")
+    cfg = pruning.tuning(info, changes | {"model": info["arguments"] | {"channels": 8}}, 4, [])
+    assert all(module.training for module in training._network(cfg).modules())
 
 
 def test_without_training(photos, capsys):
