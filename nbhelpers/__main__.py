@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 DESCRIPTION = "Super-Resolution Workbook: train, evaluate and use the networks of the notebooks."
 
@@ -129,12 +132,6 @@ def _study(args: argparse.Namespace) -> int:
     return run(args.name, fresh=args.fresh, quick=args.quick)
 
 
-def _benchmark(args: argparse.Namespace) -> int:
-    from . import benchmark
-
-    return benchmark.main(args)
-
-
 def _download(args: argparse.Namespace) -> int:
     if args.name == "lpips":
         from .metrics import download_lpips
@@ -151,36 +148,29 @@ def _download(args: argparse.Namespace) -> int:
     return 0
 
 
-def _export(args: argparse.Namespace) -> int:
-    from . import deploy
-
-    return deploy.run(args)
-
-
-def _quantize(args: argparse.Namespace) -> int:
-    from . import quantization
-
-    return quantization.run(args)
-
-
-def _prune(args: argparse.Namespace) -> int:
-    from . import pruning
-
-    return pruning.run(args)
-
-
-def _tiles(args: argparse.Namespace) -> int:
-    from .datasets import tiles
-
-    return tiles.run(args)
-
-
 def _damage(args: argparse.Namespace) -> int:
     from . import degradation
 
     return degradation.run(args)
 
 
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _run_module(name: str, args: argparse.Namespace) -> int:
+    return _module(name).run(args)
+
+
+# Commands whose module declares their options and runs them; it is imported for that command only.
+MODULES = {
+    "benchmark": ("benchmark", "networks side by side: parameters, FLOPs, speed and memory, by part"),
+    "classify": ("classify_cli", "picture classifiers: train, sweep, evaluate, infer, tracked runs"),
+    "export": ("deploy", "write a network as ONNX or torch.export program, checked against PyTorch"),
+    "quantize": ("quantization", "write a network as ONNX file with 8-bit weights"),
+    "prune": ("pruning", "make a narrower network of a trained one, and train it on"),
+    "tiles": ("datasets.tiles", "cut folders of photos into lossless training tiles"),
+}
 SCALE = "needed for bicubic, free (2.7) for networks for any scale, otherwise checked against the network"
 MODEL = (
     "name from `list`, a file (.safetensors, .onnx, .pth of ESRGAN, SwinIR …; .pt2 if you trust its maker), or bicubic"
@@ -228,16 +218,10 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and any key that --show prints")
     p.add_argument("--show", action="store_true", help="print the whole configuration and stop")
     if command in (None, "train"):
-        from .experiments import experiments
+        from .configs import experiments
 
         p.epilog += f"; experiments: {', '.join(experiments())}"
     p.set_defaults(run=_train)
-
-    p = commands.add_parser("classify", help="picture classifiers: train, sweep, evaluate, infer, tracked runs")
-    if command in (None, "classify"):
-        from .classify_cli import add_arguments
-
-        add_arguments(p)
 
     p = commands.add_parser("study", help="run a notebook's controlled comparison; results go to data/results")
     p.add_argument(
@@ -249,45 +233,16 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="a few steps per run, written to runs/, to see that it works")
     p.set_defaults(run=_study)
 
-    p = commands.add_parser("benchmark", help="networks side by side: parameters, FLOPs, speed and memory, by part")
-    if command in (None, "benchmark"):
-        from .benchmark import add_arguments
-
-        add_arguments(p)
-    p.set_defaults(run=_benchmark)
-
     p = commands.add_parser("download", help="fetch a data set or weights, hash-checked")
     p.add_argument("name", choices=["div2k_train", "div2k_valid", "flowers102", "lpips", "vgg16"])
     p.add_argument("--target", type=Path, help="folder (default: runs/downloads/NAME; lpips, vgg16: the torch cache)")
     p.set_defaults(run=_download)
 
-    p = commands.add_parser("export", help="write a network as ONNX or torch.export program, checked against PyTorch")
-    if command in (None, "export"):
-        from .deploy import add_arguments
-
-        add_arguments(p)
-    p.set_defaults(run=_export)
-
-    p = commands.add_parser("quantize", help="write a network as ONNX file with 8-bit weights")
-    if command in (None, "quantize"):
-        from .quantization import add_arguments
-
-        add_arguments(p)
-    p.set_defaults(run=_quantize)
-
-    p = commands.add_parser("prune", help="make a narrower network of a trained one, and train it on")
-    if command in (None, "prune"):
-        from .pruning import add_arguments
-
-        add_arguments(p)
-    p.set_defaults(run=_prune)
-
-    p = commands.add_parser("tiles", help="cut folders of photos into lossless training tiles")
-    if command in (None, "tiles"):
-        from .datasets.tiles import add_arguments
-
-        add_arguments(p)
-    p.set_defaults(run=_tiles)
+    for name, (module, text) in MODULES.items():
+        p = commands.add_parser(name, help=text)
+        if command in (None, name):
+            _module(module).add_arguments(p)
+        p.set_defaults(run=functools.partial(_run_module, module))
 
     p = commands.add_parser(
         "damage", help="small, damaged pictures of photos (blur, resize, noise, JPEG), as test sets"

@@ -283,7 +283,7 @@ def measure(args: argparse.Namespace) -> dict:
     return result
 
 
-def main(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """``python -m nbhelpers benchmark``."""
     result = measure(args)
     if args.json:

@@ -26,9 +26,10 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from . import checkpoints, runtime, tracking
 from .block_orthogonal import Counts, MaskedConv2d, parameter_counts
 from .classification import ClassifierModule, ClassifierTraining, to_float
+from .configs import CONFIGS
 from .datasets.classification import LabelledPictures, ShuffledBatches
 from .datasets.small_pictures import Collection, augment, hold_out, open_collection
-from .experiments import CONFIGS, TrainingError, differences, run_folder
+from .experiments import TrainingError, differences, run_folder
 from .loop import LIGHTNING_PRECISION, is_main_process
 from .models.resnet import resnet
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from . import runtime
+from .configs import CONFIGS, experiments
 from .degradation import Degradation, DegradationError
 from .losses import ADVERSARIAL_LOSSES
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
 SCHEDULES = ("cosine", "constant", "stages")
 # Sections that most experiments do not have; their keys are checked where they are there.
 OPTIONAL = ("adversarial", "scales")
@@ -50,11 +50,6 @@ def _lr_patch(patch: int, scale: int) -> int:
 
 # ${lr_patch:HR_PATCH,SCALE}: for a configuration that gives patches in pixels of the original, as document 000 does.
 OmegaConf.register_new_resolver("lr_patch", _lr_patch, replace=True)
-
-
-def experiments() -> list[str]:
-    """Names of the experiments under ``configs/experiment``."""
-    return sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 
 
 def compose(experiment: str | None = None, overrides: Sequence[str] = ()) -> DictConfig:

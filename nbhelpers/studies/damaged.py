@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import checkpoints, metrics, runtime
+from ..configs import experiments
 from ..datasets.photos import resolve_root
 from ..degradation import Degradation
 from ..degrade import crop_to_multiple, downscale
-from ..experiments import experiments
 from ..images import find_images, load_image
 from ..inference import EVALUATED, get_model, upscale
 from . import Row, write

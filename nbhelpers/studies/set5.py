@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import checkpoints, runtime
-from ..experiments import experiments
+from ..configs import experiments
 from ..inference import evaluate
 from . import Row, read, write
 
