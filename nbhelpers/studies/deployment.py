@@ -15,7 +15,7 @@ from .. import checkpoints, deploy, models, profiling, pruning, quantization, ru
 from . import Row, Study, run_study, score
 
 SOURCE = "lean_srnet_x4"
-STEPS = 600  # of training after pruning, and of a network of the same width from scratch
+STEPS = 400  # of training after pruning, and of a network of the same width from scratch
 WIDTHS = (40, 32, 24, 16)
 SIDE = 128  # of the input that is timed
 REPEATS = 5
