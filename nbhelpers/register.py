@@ -14,7 +14,7 @@ from pathlib import Path
 from . import runtime
 from .claims import VERDICTS
 
-CLAIMS = "claims.csv"  # in data/: id, document, title in our own words
+CLAIMS = "claims.csv"  # in data/, in our own words
 OPEN, UNNUMBERED = "no verdict yet", "not numbered"
 COLUMNS = ("claim", "what was tested", "measured ± 95 %", "verdict", "notebook")
 HEADER = ("source claim", "our measurement")  # how a notebook's table of claims begins
@@ -38,7 +38,7 @@ class Finding:
 
 
 def known() -> list[dict[str, str]]:
-    """All claims of the source documents in order: {"id", "document", "title"}, from ``data/claims.csv``."""
+    """All claims of the source documents in order: {"id", "document", "short", "title"}, from ``data/claims.csv``."""
     with (runtime.DATA / CLAIMS).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -11,6 +11,7 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from . import show
 from .claims import VERDICTS
@@ -45,6 +46,10 @@ def _draw_rows(axis: object, rows: pd.DataFrame, x: Axis, y: Axis, size: float) 
     for key, of in (("x", x), ("y", y)):
         if of.logarithmic:
             getattr(axis, f"set_{key}scale")("log")
+            side = getattr(axis, f"{key}axis")
+            side.set_major_locator(LogLocator(subs=(1, 3)))
+            side.set_major_formatter(EngFormatter(sep=""))
+            side.set_minor_formatter(NullFormatter())
     axis.set(xlabel=x.label, ylabel=y.label)
     axis.grid(alpha=0.3)
 
@@ -195,7 +200,7 @@ def verdict_map(findings: Sequence[Finding]) -> Figure:
     claims = known()
     without_verdict(findings)  # says which number is not known
     half = -(-len(claims) // 2)
-    fig, axes = plt.subplots(ncols=2, figsize=(10.4, 0.235 * half + 0.7), layout="constrained")
+    fig, axes = plt.subplots(ncols=2, figsize=(10.4, 0.22 * half + 0.7), layout="constrained")
     plt.close(fig)
     most = max((sum(f.id == c["id"] for f in findings) for c in claims), default=1)
     for axis, some in zip(axes, (claims[:half], claims[half:]), strict=True):
@@ -203,9 +208,9 @@ def verdict_map(findings: Sequence[Finding]) -> Figure:
             verdicts = [f.verdict for f in findings if f.id == claim["id"]] or [OPEN]
             for k, verdict in enumerate(sorted(verdicts, key=list(MARKS).index)):
                 marker, colour = MARKS[verdict]
-                axis.scatter(k, i, 34, show.COLOURS[colour], marker)
-        axis.set(xlim=(-0.7, max(most, 10) - 0.3), ylim=(half - 0.5, -0.7), xticks=[])
-        axis.set_yticks(range(len(some)), [claim["id"] for claim in some], fontsize=8)
+                axis.scatter(k, i, 26, show.COLOURS[colour], marker)
+        axis.set(xlim=(-0.7, most - 0.3), ylim=(half - 0.5, -0.7), xticks=[])
+        axis.set_yticks(range(len(some)), [f"{claim['id']}  {claim['short']}" for claim in some], fontsize=8)
         axis.grid(axis="y", alpha=0.25)
     handles = [
         plt.Line2D([], [], marker=m, color=show.COLOURS[c], linestyle="none", label=word)
