@@ -5,16 +5,18 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from torch import Tensor
 
 from . import show
 from .claims import VERDICTS
+from .images import to_uint8
 from .panels import Panel
 from .register import OPEN, Finding, known, without_verdict
 from .scoreboard import AXES, BICUBIC, OURS, QUALITY, THEIRS, Axis, front, label
@@ -79,6 +81,8 @@ def chart(rows: pd.DataFrame, x: str = "parameters", y: str = "psnr_y", lit: str
         axis.plot(best[x], best[y], color=STYLES.get(scale, ("0.5",))[0], linewidth=1.2, alpha=0.6, zorder=2)
     chosen = points[points.name == lit]
     axis.scatter(chosen[x], chosen[y], 190, "none", edgecolors=show.COLOURS[1], linewidths=2.2, zorder=4)
+    for of, name in ((across, axis.set_xlabel), (up, axis.set_ylabel)):
+        name(f"{of.label} ({'more' if of.more_is_better else 'less'} is better)")
     axis.margins(0.12, 0.1)
     _legend(axis, points, "")
     named = {label(row, several): (row[x], row[y]) for _, row in points.iterrows()}
@@ -217,4 +221,27 @@ def verdict_map(findings: Sequence[Finding]) -> Figure:
         for word, (m, c) in MARKS.items()
     ]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9)
+    return fig
+
+
+def crop_rows(rows: Mapping[str, Sequence[Tensor]], columns: Sequence[str], side: float = 1.0) -> Figure:
+    """Rows of small pictures "3 h w" in [0, 1], pixels shown as squares, with the rows' names at their left.
+
+    ``columns`` stand above the first row; ``side`` of a picture in inches.
+    """
+    shape = {"nrows": len(rows), "ncols": 1 + len(columns), "squeeze": False}
+    size = (side * len(columns) + 2.2, side * len(rows) + 0.3)
+    fig, axes = plt.subplots(
+        **shape, figsize=size, width_ratios=[2.2, *[side] * len(columns)], gridspec_kw={"wspace": 0.03, "hspace": 0.04}
+    )
+    plt.close(fig)
+    fig.subplots_adjust(0, 0, 1, 1 - 0.25 / size[1])
+    for (name, pictures), (first, *others) in zip(rows.items(), axes, strict=True):
+        first.text(0, 0.5, name, va="center", fontsize=8)
+        first.set_axis_off()
+        for axis, picture in zip(others, pictures, strict=True):
+            axis.imshow(to_uint8(picture), interpolation="nearest")
+            axis.set_axis_off()
+    for axis, title in zip(axes[0, 1:], columns, strict=True):
+        axis.set_title(title, fontsize=8, pad=3)
     return fig
