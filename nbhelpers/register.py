@@ -123,7 +123,7 @@ def _from_html(text: str) -> list[tuple[str, str, str]]:
         return []
     reader = _TableReader()
     reader.feed(text)
-    return _below_header(reader.rows)
+    return _below_header([[" ".join(cell.split()) for cell in row] for row in reader.rows])
 
 
 def _below_header(rows: Sequence[Sequence[str]]) -> list[tuple[str, str, str]]:
@@ -153,7 +153,7 @@ class _TableReader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._inside:
-            self.rows[-1][-1] = (self.rows[-1][-1] + data).strip("\n ")
+            self.rows[-1][-1] += data
 
 
 def without_verdict(findings: Sequence[Finding]) -> list[dict[str, str]]:
