@@ -143,7 +143,7 @@ def needs(rows: pd.DataFrame, scale: int, budget_ms: float, few: int) -> list[di
         choose(at, f"best PSNR within {budget_ms:,.0f} ms per megapixel", "psnr_y", at.ms <= budget_ms),
         choose(at, f"best PSNR below {few:,} parameters", "psnr_y", at.parameters < few),
         choose(at, "fastest", "ms"),
-        choose(at, "smallest file", "parameters"),
+        choose(at, "fewest parameters", "parameters"),
         choose(at, "least memory", "memory"),
         choose(at, "any scale, fractions too", "psnr_y", at.any_scale),
     ]

@@ -224,7 +224,7 @@ def verdict_map(findings: Sequence[Finding]) -> Figure:
     return fig
 
 
-def crop_rows(rows: Mapping[str, Sequence[Tensor]], columns: Sequence[str], side: float = 1.0) -> Figure:
+def crop_rows(rows: Mapping[str, Sequence[Tensor]], columns: Sequence[str], side: float = 0.85) -> Figure:
     """Rows of small pictures "3 h w" in [0, 1], pixels shown as squares, with the rows' names at their left.
 
     ``columns`` stand above the first row; ``side`` of a picture in inches.

@@ -94,7 +94,7 @@ def test_choices_follow_the_numbers():
     # 20 and 21 ms are equal within the clock's tolerance: the higher PSNR decides.
     assert named == ["large", "twin", "twin", "twin", "twin", "twin", "twin", "large"]
     assert choices["closest to the original, pixel by pixel"]["because"].endswith("31.00; next twin, 29.50")
-    assert choices["smallest file"]["because"] == "parameters: 1,000; next large, 9,000"
+    assert choices["fewest parameters"]["because"] == "parameters: 1,000; next large, 9,000"
     none = scoreboard.choose(at(), "any", "psnr_y", at().ms < 1)
     assert none == {"need": "any", "network": "none", "because": "no committed network fits"}
 
