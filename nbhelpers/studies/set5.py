@@ -23,10 +23,17 @@ def folders(scale: int) -> tuple[Path, Path]:
     return base / "HR", base / "LR_bicubic" / f"X{scale}"
 
 
+def committed() -> list[str]:
+    """Names of the networks that have an experiment, and of those pruned from one (NAME_pruned).
+
+    What a reader trained under another name stays out of the README.
+    """
+    return [n for n in checkpoints.available() if n.removesuffix("_pruned") in experiments()]
+
+
 def jobs() -> list[tuple[str, int]]:
     """(name, scale) of bicubic and of every committed network; those for any scale come with each of ``SCALES``."""
-    # Networks a reader trained under names of their own stay out of the README.
-    cards = [checkpoints.card(n) for n in checkpoints.available() if n in experiments()]
+    cards = [checkpoints.card(n) for n in committed()]
     own = [(c["name"], s) for c in cards for s in (SCALES if "scales" in c else (c["scale"],))]
     return [("bicubic", s) for s in SCALES] + own
 

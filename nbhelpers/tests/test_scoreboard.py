@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from nbhelpers import checkpoints, register, runtime, scoreboard, scoreboard_panel
-from nbhelpers.experiments import experiments
 from nbhelpers.register import Finding
 from nbhelpers.scoreboard import AXES, BICUBIC, OURS, THEIRS
 from nbhelpers.studies import damaged, set5, write
@@ -160,6 +159,12 @@ def test_verdict_map_has_a_mark_for_every_finding_and_open_claim():
     assert sum(marks) == len(register.known()) - 1 + 3
 
 
+def test_a_pruned_network_is_committed_and_a_readers_own_is_not(monkeypatch):
+    names = ["espcn_x4", "espcn_x4_pruned", "mine", "mine_pruned"]
+    monkeypatch.setattr(checkpoints, "available", lambda: names)
+    assert set5.committed() == names[:2]
+
+
 def test_published_networks_have_a_source():
     table = pd.read_csv(runtime.DATA / scoreboard.PUBLISHED)
     assert not table.duplicated(["name", "scale"]).any()
@@ -187,7 +192,6 @@ def test_peers_are_the_published_networks():
 
 @pytest.mark.skipif(not (runtime.RESULTS / study.NAME).is_file(), reason="the study scoreboard has not run yet")
 def test_committed_tables_hold_every_committed_network():
-    committed = {n for n in checkpoints.available() if n in experiments()}
-    table = scoreboard.table()
+    committed, table = set(set5.committed()), scoreboard.table()
     assert committed <= set(table[table.kind == OURS].dropna(subset=["ms", "psnr_y"]).name)
     assert committed <= set(scoreboard.gains().name)
