@@ -227,7 +227,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument(
         "name",
         help="set5 (README's table); the notebooks' espcn, vgg, pooling, gan, rrdb, m23_init, erblock, damaged, "
-        "deployment, cmsr, block_orthogonal, block_orthogonal_full, lmf, lmf_cost, lmf_scales",
+        "deployment, cmsr, block_orthogonal, block_orthogonal_full, lmf, lmf_cost, lmf_scales, scoreboard",
     )
     p.add_argument("--fresh", action="store_true", help="drop finished runs and start again (default: resume)")
     p.add_argument("--quick", action="store_true", help="a few steps per run, written to runs/, to see that it works")

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from . import checkpoints, models, runtime
 from .counting import flops
 from .images import find_images, read_picture
+from .inference import get_model
 from .profiling import (
     adversarial_step_times,
     latencies_ms,
@@ -77,12 +78,16 @@ def forms(device: torch.device) -> list[str]:
     return ["fp32", "fp32 channels_last", *[f"{fast} channels_last"] * (fast != "fp32")]
 
 
-def runner(source: str | Path, form: str, device: torch.device) -> Callable[[int], Callable[[], torch.Tensor]]:
-    """``runner(…)(size)()`` enlarges one random picture of size x size in that form of the network."""
-    model = checkpoints.load(source, device)
+def runner(
+    source: str | Path, form: str, device: torch.device, scale: float | None = None
+) -> Callable[[int], Callable[[], torch.Tensor]]:
+    """``runner(…)(size)()`` enlarges one random picture of size x size in that form of the network.
+
+    ``source`` and ``scale`` as for :func:`nbhelpers.inference.get_model`.
+    """
     last = "channels_last" in form
     layout = torch.channels_last if last else torch.contiguous_format
-    model = model.to(memory_format=layout)
+    model = get_model(source, scale).to(device, memory_format=layout)
     precision = form.split()[0] if form.split()[0] in runtime.PRECISIONS else "fp32"
 
     def with_size(size: int) -> Callable[[], torch.Tensor]:
@@ -97,23 +102,26 @@ def runner(source: str | Path, form: str, device: torch.device) -> Callable[[int
     return with_size
 
 
-def _peak(source: str | Path, form: str, size: int, device: str, threads: int) -> int:
+def _peak(source: str | Path, form: str, size: int, device: str, threads: int, scale: float | None = None) -> int:
     runtime.set_threads(threads)
-    at = runner(source, form, torch.device(device))
+    at = runner(source, form, torch.device(device), scale)
     at(16)()  # loads the code and makes the threads, which are no memory of the network
     return peak_of_call(at(size), torch.device(device))
 
 
-def peak_bytes(jobs: Sequence[tuple[str | Path, str]], size: int, device: torch.device, threads: int) -> list[int]:
+def peak_bytes(
+    jobs: Sequence[tuple[str | Path, str]], size: int, device: torch.device, threads: int, scale: float | None = None
+) -> list[int]:
     """:func:`nbhelpers.profiling.peak_of_call` for each (source, form); on a CPU each in a fresh process."""
     if device.type != "cpu":
-        return [_peak(source, form, size, str(device), threads) for source, form in jobs]
+        return [_peak(source, form, size, str(device), threads, scale) for source, form in jobs]
     method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
     context = get_context(method)
     if method == "forkserver":  # torch is imported once, by a process without threads
         context.set_forkserver_preload(["nbhelpers.benchmark"])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        found = (pool.submit(_peak, source, form, size, str(device), threads).result() for source, form in jobs)
+        fixed = (size, str(device), threads, scale)
+        found = (pool.submit(_peak, source, form, *fixed).result() for source, form in jobs)
         return list(tqdm(found, desc="memory", total=len(jobs), unit="network", leave=False))
 
 

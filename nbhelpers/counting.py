@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ def flops(model: nn.Module, shape: tuple[int, ...]) -> int:
     # Here, for it imports triton: 70 MB that enlarging a picture can do without.
     from torch.utils.flop_counter import FlopCounterMode
 
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device  # bicubic has no parameters
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(shape, device=device))
     return counter.get_total_flops()

@@ -331,11 +331,11 @@ def roofline(points: Mapping[str, tuple[float, float]], peaks: Mapping[str, floa
         axis.plot(x, y, color=COLOURS[i % 8], marker=MARKERS[(i + i // 8) % 8], markersize=7, linestyle="none")
     if title:
         axis.set_title(title, fontsize=11)
-    _label_points(fig, axis, points)
+    label_points(fig, axis, points)
     return fig
 
 
-def _label_points(fig: Figure, axis: object, points: Mapping[str, tuple[float, float]]) -> None:
+def label_points(fig: Figure, axis: object, points: Mapping[str, tuple[float, float]], size: float = 8) -> None:
     """Write each point's name as near as it covers neither another name nor a point; a thin line leads to the point."""
     fig.draw_without_rendering()  # the layout decides where the points lie
     point = fig.dpi / 72  # in pixels
@@ -344,7 +344,7 @@ def _label_points(fig: Figure, axis: object, points: Mapping[str, tuple[float, f
     taken += [text.get_window_extent() for text in axis.texts]
     angles = [math.radians(turn) for turn in (0, 25, -25, 50, -50, 180, 155, 205, 130, 230, 90, 270)]
     for name, place in points.items():
-        text = axis.annotate(name, place, (0, 0), textcoords="offset points", va="center", fontsize=8)
+        text = axis.annotate(name, place, (0, 0), textcoords="offset points", va="center", fontsize=size)
         box = text.get_window_extent()
         for far, angle in itertools.product(range(9, 150, 8), angles):
             dx, dy = far * math.cos(angle), far * math.sin(angle)
@@ -355,7 +355,7 @@ def _label_points(fig: Figure, axis: object, points: Mapping[str, tuple[float, f
         taken.append(moved)
         text.remove()
         line = {"arrowstyle": "-", "linewidth": 0.5, "color": "0.5"} if far > 9 else None
-        side = {"ha": "right" if dx < 0 else "left", "va": "center", "fontsize": 8}
+        side = {"ha": "right" if dx < 0 else "left", "va": "center", "fontsize": size}
         side["path_effects"] = [withStroke(linewidth=3, foreground="white")]  # readable where it crosses a line
         axis.annotate(name, place, (dx, dy), textcoords="offset points", arrowprops=line, **side)
 

@@ -28,7 +28,7 @@ from ..runtime import write_csv as write
 
 STUDIES = (
     "espcn", "set5", "vgg", "pooling", "gan", "rrdb", "m23_init", "erblock", "damaged", "deployment", "cmsr",
-    "block_orthogonal", "block_orthogonal_full", "lmf", "lmf_cost", "lmf_scales",
+    "block_orthogonal", "block_orthogonal_full", "lmf", "lmf_cost", "lmf_scales", "scoreboard",
 )  # fmt: skip
 QUICK = ["trainer.max_steps=4", "trainer.val_every=4"]
 Row = dict[str, object]

@@ -10,6 +10,7 @@ from ..inference import evaluate
 from . import Row, read, write
 
 NAME = "set5.csv"
+SCALES = (2, 3, 4)
 MARKS = ("<!-- results: python -m nbhelpers study set5 -->", "<!-- end of results -->")
 
 
@@ -22,15 +23,26 @@ def folders(scale: int) -> tuple[Path, Path]:
     return base / "HR", base / "LR_bicubic" / f"X{scale}"
 
 
+def committed() -> list[str]:
+    """Names of the networks that have an experiment, and of those pruned from one (NAME_pruned).
+
+    What a reader trained under another name stays out of the README.
+    """
+    return [n for n in checkpoints.available() if n.removesuffix("_pruned") in experiments()]
+
+
+def jobs() -> list[tuple[str, int]]:
+    """(name, scale) of bicubic and of every committed network; those for any scale come with each of ``SCALES``."""
+    cards = [checkpoints.card(n) for n in committed()]
+    own = [(c["name"], s) for c in cards for s in (SCALES if "scales" in c else (c["scale"],))]
+    return [("bicubic", s) for s in SCALES] + own
+
+
 def run(fresh: bool = False, quick: bool = False) -> Path:
     """``python -m nbhelpers study set5``: one row per network and picture, their mean, and the README's table."""
     runtime.set_threads()
-    jobs = [("bicubic", s) for s in (2, 3, 4)]
-    # Networks a reader trained under names of their own stay out of the README.
-    cards = [checkpoints.card(n) for n in checkpoints.available() if n in experiments()]
-    jobs += [(c["name"], s) for c in cards for s in ((2, 3, 4) if "scales" in c else (c["scale"],))]
     rows = []
-    for name, scale in jobs[: 1 if quick else None]:
+    for name, scale in jobs()[: 1 if quick else None]:
         result = evaluate(name, *folders(scale), scale)
         for image, values in [*result["images"].items(), ("mean", result["mean"])]:
             rounded = {k: None if v is None else round(v, 4) for k, v in values.items()}
