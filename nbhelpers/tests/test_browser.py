@@ -131,8 +131,10 @@ def wait_for_kernel(address: str, token: str) -> None:
     """Until the page is connected to an idle kernel: "Run All" before that asks for a kernel or loses cells."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        with urllib.request.urlopen(f"{address}/api/kernels?token={token}", timeout=10) as answer:
-            if any(k["connections"] and k["execution_state"] == "idle" for k in json.load(answer)):
+        # While a kernel starts, the server may answer with an error of its own.
+        with contextlib.suppress(urllib.error.URLError, TimeoutError):
+            answer = urllib.request.urlopen(f"{address}/api/kernels?token={token}", timeout=10).read()
+            if any(k["connections"] and k["execution_state"] == "idle" for k in json.loads(answer)):
                 return
         time.sleep(0.3)
     pytest.fail(f"no kernel was ready within {START_SECONDS} s")
@@ -144,6 +146,7 @@ def opened(server: tuple[str, str], name: str):
     with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(START_SECONDS * 1000)
         page.problems = []
         page.on("console", lambda m: m.type == "error" and page.problems.append(f"{m.text} ({m.location.get('url')})"))
         page.on("pageerror", lambda error: page.problems.append(str(error)))
