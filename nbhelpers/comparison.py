@@ -19,6 +19,7 @@ from .images import to_tensor, to_uint8
 from .jobs import Job
 
 AS_IS, RESTORE = "as is", "shrink then restore"
+SIDES = {"other": "left side", "network": "right side"}
 MOST_SHOWN = 16_000_000  # pixels of a picture on a page; more would keep the browser busy for seconds
 
 
@@ -126,7 +127,7 @@ def compare_upscaling(
     result = Comparison(scale, low, original=original, reduced=reduced, whole=kept, **run.found, **pictures)
     if original is not None:
         for name in result.milliseconds:
-            run.say(f"measuring {name}")
+            run.say(f"measuring, {SIDES.get(name, name)}")
             result.scores[name] = metrics.compare(result.pictures()[name], original, scale, lpips=lpips)
     return result
 
@@ -173,7 +174,7 @@ class _Run:
         return out.cpu() if tuple(out.shape[-2:]) == self.size else degrade.resize_bicubic(out, self.size).clamp(0, 1)
 
     def _measured(self, name: str, work: Callable[[], Tensor | np.ndarray], weights: int | None) -> Tensor:
-        self.say(f"enlarging with {name}")
+        self.say(f"enlarging, {SIDES.get(name, name)}")
         with counting.Ledger() as ledger:
             out, self.found["milliseconds"][name] = timed(work)
         arrays = out.nbytes if isinstance(out, np.ndarray) else 0

@@ -205,7 +205,7 @@ class ExplorerPanel(ComparisonPanel):
         size, where = outcome.stat().st_size, outcome
         if outcome.is_relative_to(runtime.RUNS.parent):
             where = outcome.relative_to(runtime.RUNS.parent)
-        text = f"Saved as {where} ({size / 1e6:.1f} MB)"
+        text = f"Saved as {where} ({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.1f} kB'})"
         if size <= MOST_SENT:
             kind = {".html": "text/html", ".webp": "image/webp"}.get(outcome.suffix, "image/png")
             self.viewer.download(outcome.name, kind, outcome.read_bytes())

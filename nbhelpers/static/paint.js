@@ -53,7 +53,8 @@ class Painter {
     this.clipped(0, 0, g.W, g, () => {
       if (canvas) this.image(canvas, g);
       else this.words("A difference needs two pictures.", 0, g.W);
-      if (canvas) this.tag(`|${this.label("left")} − ${this.label("right")}| × ${gain}; black: equal`, false, g.W);
+      const [left, right] = ["left", "right"].map((side) => this.label(side).split(",")[0]); // without their scores
+      if (canvas) this.tag(`|${left} − ${right}| × ${gain}; black: equal`, false, g.W);
     });
   }
 
@@ -124,7 +125,7 @@ class Painter {
     const square = LOUPE * LOUPE_CELL_CSS * unit;
     const gap = 8 * unit;
     const width = sides.length * (square + gap) + gap;
-    const height = square + 2 * gap + 20 * unit;
+    const height = square + 2 * gap + 34 * unit;
     const left = atLeft ? this.canvas.width - width - gap : gap;
     const top = g.H - height - gap;
     context.fillStyle = "rgba(0, 0, 0, 0.82)";
@@ -150,6 +151,7 @@ class Painter {
     context.fillStyle = "#fff";
     context.textAlign = "center";
     context.textBaseline = "top";
-    context.fillText(this.pictures.values(side, x, y).join("  "), left + square / 2, top + square + 6 * unit);
+    context.fillText(side, left + square / 2, top + square + 5 * unit);
+    context.fillText(this.pictures.values(side, x, y).join("  "), left + square / 2, top + square + 20 * unit);
   }
 }

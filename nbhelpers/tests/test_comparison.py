@@ -96,8 +96,8 @@ def test_progress_is_told_for_each_side(picture, monkeypatch):
         return compare_upscaling(picture, tiny_network(2), 2, other=tiny_network(2), job=job)
 
     Worker(lambda job: None).start(work, stages.append)
-    for side in ("other", "network"):
-        assert [(d, t) for name, d, t in stages[:-1] if name == f"enlarging with {side}" and t] == [
+    for side in ("left side", "right side"):
+        assert [(d, t) for name, d, t in stages[:-1] if name == f"enlarging, {side}" and t] == [
             (0, 4), (1, 4), (2, 4), (3, 4)]  # fmt: skip
     assert isinstance(stages[-1], comparison.Comparison)
 
