@@ -47,11 +47,11 @@ class ExplorerPanel(ComparisonPanel):
         self.saved_as = []
         for suffix, title in ((".png", "PNG"), (".webp", "WebP that flickers"), (".html", "HTML that wipes")):
             button = widgets.Button(description=title, icon="download", layout={"width": "auto"})
-            button.on_click(lambda _, suffix=suffix: self.save(self._file_name(suffix)))
+            button.on_click(lambda _, suffix=suffix: self.save(self._file_name(suffix), download=True))
             setattr(self, f"save_{suffix[1:]}", button)
             self.saved_as.append(button)
         self.save_photo = widgets.Button(description="Save enlarged photo", icon="download", layout={"width": "auto"})
-        self.save_photo.on_click(lambda button: self.save_enlarged(self._file_name(".png", "enlarged")))
+        self.save_photo.on_click(lambda _: self.save_enlarged(self._file_name(".png", "enlarged"), download=True))
 
     def _groups(self) -> dict[str, list[widgets.Widget]]:
         return super()._groups() | {"Network from a file": [self.file, self.trusted, self.load]}
@@ -162,10 +162,10 @@ class ExplorerPanel(ComparisonPanel):
         name = re.sub(r"[^\w.-]+", "_", "_".join(filter(None, words)))
         return runtime.RUNS / "comparisons" / f"{name}{suffix}"
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, download: bool = False) -> None:
         """Write what the viewer shows: .png (side by side), .webp (animated), .html (wipes without a kernel).
 
-        The file is also given to the reader's browser. Problems are told in words.
+        With ``download`` the file is also given to the reader's browser. Problems are told in words.
         """
         try:
             on_show = self._on_show()
@@ -181,9 +181,9 @@ class ExplorerPanel(ComparisonPanel):
                 part.write_bytes(saving.encode(saved, path))
             return Path(path)
 
-        self.saver.start(work, self._saved)
+        self.saver.start(work, functools.partial(self._saved, download))
 
-    def save_enlarged(self, path: str | Path) -> None:
+    def save_enlarged(self, path: str | Path, download: bool = False) -> None:
         """Write the right side's enlarged photo with all its pixels, as PNG, JPEG or WebP by the suffix of ``path``."""
         try:
             result = self._on_show().result
@@ -196,9 +196,9 @@ class ExplorerPanel(ComparisonPanel):
         def work(job: Job) -> Path:
             return save_image(to_uint8(result.network) if result.whole is None else result.whole, path)
 
-        self.saver.start(work, self._saved)
+        self.saver.start(work, functools.partial(self._saved, download))
 
-    def _saved(self, outcome: object) -> None:
+    def _saved(self, download: bool, outcome: object) -> None:
         if isinstance(outcome, Exception):
             self._say(f"Not saved: {in_words(outcome)}", problem=True)
             return
@@ -206,7 +206,7 @@ class ExplorerPanel(ComparisonPanel):
         if outcome.is_relative_to(runtime.RUNS.parent):
             where = outcome.relative_to(runtime.RUNS.parent)
         text = f"Saved as {where} ({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.1f} kB'})"
-        if size <= MOST_SENT:
+        if download and size <= MOST_SENT:
             kind = {".html": "text/html", ".webp": "image/webp"}.get(outcome.suffix, "image/png")
             self.viewer.download(outcome.name, kind, outcome.read_bytes())
             text += "; your browser got it too"

@@ -94,7 +94,7 @@ class ComparisonPanel(Panel):
         self.worker = Worker(self._tell)
         self._networks = dict(networks)
         self._any_scale: dict[str, bool] = {}
-        self._remark = ""
+        self._remark = self._words = ""
         self._quiet = False
         self._make_controls()
         self._lay_out()
@@ -301,9 +301,13 @@ class ComparisonPanel(Panel):
     def _say(self, text: str, problem: bool = False) -> None:
         # Sign and words carry the meaning; the frame only draws the eye.
         style = "border-left: 4px solid #d55e00; padding-left: 8px" if problem else ""
-        sign = "⚠ " if problem else ""
-        text = html.escape(text.strip())
-        self.status.value = f"<div role='status' style='{style}; line-height: 1.4'>{sign}{text}</div>"
+        self._words = ("⚠ " if problem else "") + text.strip()
+        words = html.escape(self._words)
+        self.status.value = f"<div role='status' style='{style}; line-height: 1.4'>{words}</div>"
+
+    def text(self) -> str:
+        """The status line: what is on show, or what went wrong."""
+        return self._words
 
     def figure(self, crop: tuple[int, int, int, int] | None = None) -> Figure:
         """The comparison on show, for places without a kernel; ``crop`` = (top, left, height, width) enlarges a part.

@@ -253,7 +253,10 @@ class WipeView extends Hands {
   paint(g, message) {
     const { painter, view } = this;
     if (view === "difference") return painter.difference(this.model.get("gain"), g);
-    if (view === "flicker") return painter.side(this.turn, 0, g.W, g, message);
+    if (view === "flicker") {
+      this.canvas.dataset.turn = this.turn;
+      return painter.side(this.turn, 0, g.W, g, message);
+    }
     if (view === "side by side") {
       painter.side("left", 0, g.W, g, message);
       painter.side("right", 0, g.W, g, message, g.W);
@@ -272,7 +275,6 @@ class WipeView extends Hands {
     if (!seconds) return;
     this.flickering = setInterval(() => {
       this.turn = this.turn === "left" ? "right" : "left";
-      this.canvas.dataset.turn = this.turn;
       this.redraw();
     }, seconds * 1000);
   }
