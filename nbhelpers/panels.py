@@ -152,7 +152,7 @@ class ComparisonPanel(Panel):
         return [self.readout]
 
     def _lay_out(self) -> None:
-        columns = "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"  # three on a wide page, one on a narrow one
+        columns = "repeat(auto-fit, minmax(min(100%, 240px), 1fr))"  # four on a wide page, one on a narrow one
         groups = [
             widgets.VBox([widgets.HTML(f"<b>{html.escape(title)}</b>"), *controls])
             for title, controls in self._groups().items()

@@ -51,7 +51,7 @@ class WipeView extends Hands {
     this.range.type = "range";
     this.range.addEventListener("input", () => this.save({ [RANGES[this.view].name]: Number(this.range.value) }));
     this.rangeText = text("wipe-range");
-    this.filesButton = button("Add photos …", "Add photos: choose files here, or drop them on the picture", () => this.pickFiles());
+    this.filesButton = button("Add photos …", "Add photos or network files: choose them here, or drop them on the picture", () => this.pickFiles());
     const views = row("wipe-group", ...this.viewButtons);
     return row("wipe-bar", views, this.range, this.rangeText, text("wipe-spring"), this.filesButton);
   }

@@ -207,7 +207,7 @@ def test_lpips_is_measured_on_request(page):
 def test_chosen_files_are_shown_and_bad_ones_told(page, files):
     before = pixels(page)
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Add photos").click()
+        page.get_by_role("button", name="Add photos or network files").click()
     chooser.value.set_files([files[name] for name in ("mine.png", "broken.jpg", "transparent.png")])
     waits_for_change(page, before, "photos chosen")
     says(page, "2 added, 1 not: broken.jpg")
@@ -239,7 +239,7 @@ def test_a_published_network_from_a_path(page, files):
 
 def test_twelve_megapixels_answer_at_once_and_can_be_cancelled(page, files):
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Add photos").click()
+        page.get_by_role("button", name="Add photos or network files").click()
     chooser.value.set_files(files["phone.jpg"])
     says(page, "pixels of phone.jpg")
     page.get_by_role("button", name="as is", exact=True).click()
@@ -269,6 +269,8 @@ def test_twelve_megapixels_answer_at_once_and_can_be_cancelled(page, files):
 
 
 def test_saved_pictures_and_animation(page):
+    control(page, "Part shown", "select").select_option(label="128 x 128")
+    says(page, "128 x 128 pixels of")
     name, data = save(page, "PNG")
     assert name.endswith(".png") and Image.open(io.BytesIO(data)).width > 800
     says(page, f"{name} (")
@@ -279,6 +281,8 @@ def test_saved_pictures_and_animation(page):
 
 
 def test_the_saved_page_wipes_without_a_kernel(page, tmp_path):
+    page.locator(CANVAS).press("End")
+    page.wait_for_selector(f"{CANVAS}[aria-valuenow='100']", timeout=WAIT)
     name, data = save(page, "HTML that wipes")
     (tmp_path / name).write_bytes(data)
     alone = page.context.browser.new_context(offline=True).new_page()
