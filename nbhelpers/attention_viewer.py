@@ -15,7 +15,7 @@ from .comparison import crop_window
 from .images import ImageError, read_picture, to_tensor
 from .models.continuous import ContinuousSR
 from .models.lmf import LMLTE
-from .panels import Panel, Photo, bundled_photos, picture_view
+from .panel import Panel, Photo, bundled_photos, picture_view
 
 SIDE = 96  # of the part of a photo that the network sees
 

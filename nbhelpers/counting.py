@@ -25,8 +25,11 @@ PARTS = {
 }
 
 
-class _Ledger(TorchDispatchMode):
-    """Adds up the bytes that operations read and write, by ``label``, and those of tensors alive at once."""
+class Ledger(TorchDispatchMode):
+    """Adds up the bytes that this thread's operations read and write, by ``label``, and those of tensors alive at once.
+
+    Within ``with Ledger() as ledger``; ``ledger.peak`` is the most that the tensors made there held at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +67,7 @@ def peak_activations(model: nn.Module, x: torch.Tensor) -> int:
     Found by running it, in the precision of an autocast around the call. Proportional to the pixels of x. What
     oneDNN or cuDNN take in passing is not seen.
     """
-    with torch.no_grad(), _Ledger() as ledger:
+    with torch.no_grad(), Ledger() as ledger:
         model(x)
     return ledger.peak
 
@@ -128,7 +131,7 @@ def count(model: nn.Module, shape: tuple[int, int, int, int]) -> list[dict]:
     from torch.utils.flop_counter import FlopCounterMode
 
     x = torch.zeros(shape, device=next(model.parameters()).device)
-    ledger = _Ledger()
+    ledger = Ledger()
     labelling = watching(model, ledger.enter, ledger.leave)
     with torch.no_grad(), labelling, FlopCounterMode(display=False) as counter, ledger:
         model(x)

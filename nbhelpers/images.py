@@ -106,6 +106,19 @@ def _check_file(path: Path) -> None:
         raise ImageError(path, "the file is empty (0 bytes)")
 
 
+def flattened(picture: Picture) -> np.ndarray:
+    """The colours of a picture, uint8 (h, w, 3), with white under what is transparent.
+
+    Where nearly all that is visible is white itself, as in a logo for dark pages, dark grey takes its place.
+    """
+    if picture.alpha is None:
+        return picture.rgb
+    visible = picture.rgb[picture.alpha > 127]
+    ground = 48 if visible.size and visible.mean() > 225 else 255
+    share = picture.alpha[..., None].astype(np.float32) / 255
+    return np.round(picture.rgb * share + ground * (1 - share)).astype(np.uint8)
+
+
 def to_tensor(rgb: np.ndarray) -> Tensor:
     """uint8 (h, w, 3) → float32 (3, h, w) in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))).float().div_(255)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -195,7 +195,7 @@ def upscale(
     overlap: int | None = None,
     device: str | torch.device | None = None,
     precision: str = "fp32",
-    progress: bool = False,
+    progress: bool | Callable[[int, int], None] = False,
     *,
     scale: float | tuple[float, float] | None = None,
     size: tuple[int, int] | None = None,
@@ -211,6 +211,7 @@ def upscale(
             comes to one, with a warning, where ``tile`` is None and a tile with that radius does not fit.
         device: where to compute; None = where the network is. The result is on the CPU.
         precision: ``fp32`` (reproducible to the last digit shown), ``auto``, ``bf16``, ``fp16``.
+        progress: show a bar; or a function that is called with (tiles done, tiles) before each, and may raise to stop.
         scale, size: for networks for any scale: how much to enlarge, 2.7 or (2, 3.5) for height and width, or to which
             height and width; None = the network's own scale.
 
@@ -229,12 +230,14 @@ def upscale(
     jobs = _plan(model, h, w, tile, overlap, where, precision)
     size = output_size(model, h, w)
     out = np.empty((*size, 3), np.uint8) if is_array else torch.empty(3, *size)
-    for job in tqdm(jobs, desc="upscaling", unit="tile", leave=False, disable=not progress or len(jobs) == 1):
-        ys, xs = job.seen
+    bar = tqdm(jobs, desc="upscaling", unit="tile", leave=False, disable=progress is not True or len(jobs) == 1)
+    for done, job in enumerate(bar):
+        if callable(progress):
+            progress(done, len(jobs))
         place = tuple(span(c.start, c.stop, n, m) for c, n, m in zip(job.core, shape, size, strict=True))
         if any(p.start == p.stop for p in place):  # made smaller, a tile may have no pixel of its own
             continue
-        x = to_tensor(picture[ys, xs]) if is_array else picture[:, ys, xs].float()
+        x = to_tensor(picture[job.seen]) if is_array else picture[(slice(None), *job.seen)].float()
         x = x[None].to(where).contiguous(memory_format=torch.channels_last)
         with _evaluating(model), runtime.autocast(where, precision):
             if hasattr(model, "region"):
@@ -242,10 +245,7 @@ def upscale(
             else:
                 sr = model(x)[0][(slice(None), *job.inner(model.scale))]
         sr = sr.float().clamp(0, 1).cpu()
-        if is_array:
-            out[place] = to_uint8(sr)
-        else:
-            out[(slice(None), *place)] = sr
+        out[place if is_array else (slice(None), *place)] = to_uint8(sr) if is_array else sr
     return out
 
 

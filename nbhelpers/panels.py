@@ -1,17 +1,19 @@
-"""Interactive panels: a network against bicubic on a photo, with the wipe viewer and numbers beside it.
+"""Interactive panels: a network against bicubic on a photo, with the viewer and numbers beside it.
 
 Every builder returns a :class:`ComparisonPanel`: ``.root`` is the widget to display, each control is an attribute, and
-setting a control's ``.value`` in code does what the reader's hand does. Plain ``observe`` callbacks throughout, because
-captured output (``Output``, ``interact``) cannot be compared when notebooks run as tests.
+setting a control's ``.value`` in code does what the reader's hand does, and returns when the picture is there. Plain
+``observe`` callbacks throughout, because captured output (``Output``, ``interact``) cannot be compared when notebooks
+run as tests.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import html
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -19,339 +21,345 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from . import checkpoints, metrics, runtime, show
-from .comparison import AS_IS, RESTORE, Comparison, compare_upscaling, crop_window
-from .images import ImageError, find_images, read_picture, to_tensor, to_uint8
+from . import comparison, readout, runtime, show
+from .comparison import AS_IS, RESTORE, Comparison, Damage, compare_upscaling, crop_window
+from .images import to_tensor
+from .jobs import Cancelled, Job, Worker
+from .panel import Panel, Photo, Root, named_photos, read_photo
+from .panel import bundled_photos as bundled_photos  # notebooks take these two from here
+from .readout import NO_ORIGINAL as NO_ORIGINAL
 from .wipe import WipeViewer
 
 SIZES = {"128 x 128": 128, "256 x 256": 256, "512 x 512": 512, "whole photo": 0}
+BICUBIC, ORIGINAL = "bicubic", "original"
 BICUBIC_ONLY = "none yet: bicubic only"
 NO_NETWORK = "No trained network found. Train one: python -m nbhelpers train experiment=espcn_x4"
-NO_ORIGINAL = "no original exists, so no PSNR"
-MOST_PIXELS = 16_000_000  # of one enlarged picture; more would keep the browser busy for seconds
-
-Photo = Path | np.ndarray
+MOST_ENLARGED = 250_000_000  # pixels of a whole photo enlarged: 750 MB
 
 
-@functools.lru_cache(maxsize=4)
-def _read_file(path: Path) -> np.ndarray:
-    return read_picture(path).rgb
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The controls as they stood when a picture was asked for."""
+
+    photo: str | None
+    network: str
+    left: str
+    mode: str
+    scale: float
+    size: int
+    across: float
+    down: float
+    damage: Damage
+    lpips: bool
+
+    @property
+    def other(self) -> str | None:
+        """The network on the left side, if one is wanted there."""
+        return None if self.left in (BICUBIC, ORIGINAL) else self.left
 
 
-def _read(photo: Photo) -> np.ndarray:
-    return _read_file(photo) if isinstance(photo, Path) else photo
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What is on show, and for which controls; ``other`` is the network of ``result.other``.
 
-
-class Root(widgets.VBox):
-    """The panel's outer box; its text form is short and always the same, so that saved notebooks stay comparable."""
-
-    def __repr__(self) -> str:
-        return "Interactive panel: needs a running kernel; the figure beside it shows the same comparison."
-
-
-class Panel:
-    """What the viewers share: controls in columns above a status line and a view, redrawn when a control moves.
-
-    A subclass makes ``status``, calls :meth:`_arrange` and has ``update()``; :meth:`_draw` wants ``image`` and
-    ``figure()``.
+    ``cut``: only a part, since the whole would be too large.
     """
 
-    def _arrange(self, controls: Sequence[widgets.Widget], view: widgets.Widget) -> None:
-        columns = {"display": "grid", "grid_template_columns": "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"}
-        self.root = Root([widgets.Box(list(controls), layout=columns), self.status, view], layout={"width": "100%"})
-
-    def _follow(self, controls: Sequence[widgets.Widget]) -> None:
-        for control in controls:
-            control.observe(lambda change: self.update(), "value")
-
-    def _repr_mimebundle_(self, **kwargs: object) -> object:
-        return self.root._repr_mimebundle_(**kwargs)
-
-    def _say(self, text: str) -> None:
-        self.status.value = f"<div role='status'>{html.escape(text)}</div>"
-
-    def _draw(self) -> None:
-        data = io.BytesIO()
-        self.figure().savefig(data, format="png", dpi=80)
-        self.image.value = data.getvalue()
-
-
-def picture_view() -> widgets.Image:
-    """An empty image as wide as its page at most."""
-    return widgets.Image(format="png", layout={"max_width": "100%", "width": "auto", "object_fit": "contain"})
+    request: Request
+    other: str | None
+    result: Comparison
+    note: str
+    cut: bool
 
 
 class ComparisonPanel(Panel):
-    """Photo, network and damage choosers around a wipe viewer; build it with the two functions below.
+    """Photo, networks and damage above a viewer of two pictures; build it with :func:`compare_panel`.
 
-    Controls: ``photo, upload, network, mode, scale, size, across, down, quality, compare_with, lpips``; views:
-    ``viewer, readout, status``; ``result`` holds the last :class:`Comparison`, None after an error. ``scale`` counts
-    for networks for any scale and is hidden for the others.
+    Controls: ``photo, size, across, down``; ``compare_with`` (the left side), ``network`` (the right one), ``mode,
+    scale``; ``quality, blur, noise, lpips``; ``cancel``. Views: ``viewer, readout, status, progress``. ``result`` is
+    the :class:`Comparison` on show, None after an error. ``scale`` counts for networks for any scale and is hidden for
+    the others.
     """
 
     def __init__(
         self,
         networks: Mapping[str, nn.Module | Callable[[], nn.Module]],
         photos: Mapping[str, Photo],
-        upload: bool,
         device: str = "auto",
     ):
         self.device = runtime.pick_device(device)
         self.precision = runtime.pick_precision(self.device)
         self.photos = dict(photos)
-        self.result: Comparison | None = None
+        self.shown: Shown | None = None
+        self.worker = Worker(self._tell)
         self._networks = dict(networks)
+        self._any_scale: dict[str, bool] = {}
+        self._remark = self._words = ""
         self._quiet = False
         self._make_controls()
-        self.upload.layout.display = None if upload else "none"
-        self.network.layout.display = None if upload or len(networks) > 1 else "none"
-        self._arrange()
-        for control in self._controls():
+        self._lay_out()
+        for control in (*self._picture_controls(), self.compare_with):
             control.observe(self._changed, "value")
-        self.compare_with.observe(self._changed, "value")
-        self.upload.observe(self._uploaded, "value")
+        self.cancel.on_click(lambda button: self.worker.cancel())
         self._changed()
+
+    @property
+    def result(self) -> Comparison | None:
+        """What is on show."""
+        return None if self.shown is None else self.shown.result
 
     # ---- layout ----
     def _make_controls(self) -> None:
         wide = {"layout": {"width": "auto"}, "style": {"description_width": "7.5em"}}
         slider = functools.partial(widgets.IntSlider, min=0, max=100, value=50, readout_format="d", **wide)
-        self.photo = widgets.Dropdown(options=list(self.photos), description="Photo", **wide)
-        self.upload = widgets.FileUpload(accept="image/*", multiple=True, description="Upload photos", **wide)
-        self.network = widgets.Dropdown(options=list(self._networks) or [BICUBIC_ONLY], description="Network", **wide)
+        fine = functools.partial(widgets.FloatSlider, min=0, step=0.1, value=0, readout_format=".1f", **wide)
+        dropdown = functools.partial(widgets.Dropdown, **wide)
+        self.photo = dropdown(options=list(self.photos), description="Photo")
+        self.size = dropdown(options=SIZES, value=256, description="Part shown")
+        self.across, self.down = slider(description="Across, %"), slider(description="Down, %")
+        self.compare_with = dropdown(options=[BICUBIC], description="Left side")
+        self.network = dropdown(options=list(self._networks) or [BICUBIC_ONLY], description="Right side")
         self.mode = widgets.ToggleButtons(options=[AS_IS, RESTORE], value=RESTORE, layout=wide["layout"])
         self.mode.style.button_width = "auto"
         self.mode.tooltips = [
             "enlarge the part shown; nothing to measure against",
             "shrink the part shown, enlarge it again, and measure against the original",
         ]
-        self.scale = widgets.FloatSlider(
-            min=1, max=8, value=4, step=0.1, description="Scale", continuous_update=False, readout_format=".1f", **wide
-        )
-        self.size = widgets.Dropdown(options=SIZES, value=256, description="Part shown", **wide)
-        self.across, self.down = slider(description="Across, %"), slider(description="Down, %")
+        self.scale = fine(min=1, max=8, value=4, description="Scale", continuous_update=False)
         self.quality = slider(min=5, value=100, description="JPEG quality", tooltip="100 = no damage")
-        self.compare_with = widgets.Dropdown(
-            options=["bicubic", "original"], value="bicubic", description="Compare with", **wide
-        )
-        self.lpips = widgets.Checkbox(
-            value=False, description="LPIPS too (slower)", indent=False, layout={"width": "auto"}
-        )
-        self.viewer = WipeViewer()
-        self.readout, self.status = widgets.HTML(), widgets.HTML()
+        self.blur = fine(max=4, description="Blur, px", tooltip="deviation of a Gaussian; 0 = none")
+        self.noise = slider(max=50, value=0, description="Noise", tooltip="deviation in grey levels of 255; 0 = none")
+        self.lpips = widgets.Checkbox(value=False, description="LPIPS too (slower)", indent=False)
+        self.viewer, self.readout, self.status = WipeViewer(), widgets.HTML(), widgets.HTML()
+        self.progress, self.progress_text = widgets.IntProgress(layout={"flex": "1 1 200px"}), widgets.Label()
+        self.cancel = widgets.Button(description="Cancel", button_style="warning", layout={"flex": "none"})
+        self.working = widgets.HBox([self.progress, self.progress_text, self.cancel], layout={"display": "none"})
 
-    def _controls(self) -> tuple[widgets.Widget, ...]:
-        """The controls that change the pictures."""
-        place = (self.size, self.across, self.down)
-        return (self.photo, self.network, self.mode, self.scale, *place, self.quality, self.lpips)
+    def _picture_controls(self) -> tuple[widgets.Widget, ...]:
+        """The controls for which pictures are computed anew."""
+        place = (self.photo, self.size, self.across, self.down)
+        return (*place, self.network, self.mode, self.scale, self.quality, self.blur, self.noise, self.lpips)
 
-    def _arrange(self) -> None:
-        columns = "repeat(auto-fit, minmax(min(100%, 270px), 1fr))"  # three on a wide page, one on a narrow one
-        order = (self.photo, self.network, self.upload, self.mode, self.compare_with, self.quality, self.scale)
-        grid = widgets.Box(
-            [*order, self.size, self.across, self.down],
-            layout={"display": "grid", "grid_template_columns": columns, "grid_gap": "2px 16px"},
-        )
-        below = widgets.Box(
-            [self.readout, self.lpips],
-            layout={"flex_flow": "row wrap", "grid_gap": "4px 24px", "align_items": "flex-end"},
-        )
-        self.root = Root([grid, self.status, self.viewer, below], layout={"width": "100%", "grid_gap": "6px"})
+    def _groups(self) -> dict[str, list[widgets.Widget]]:
+        """Controls by heading."""
+        return {
+            "Photo": [self.photo, self.size, self.across, self.down],
+            "Compare": [self.compare_with, self.network, self.mode, self.scale],
+            "Damage to the input": [self.quality, self.blur, self.noise, self.lpips],
+        }
+
+    def _below(self) -> list[widgets.Widget]:
+        return [self.readout]
+
+    def _lay_out(self) -> None:
+        columns = "repeat(auto-fit, minmax(min(100%, 240px), 1fr))"  # four on a wide page, one on a narrow one
+        groups = [
+            widgets.VBox([widgets.HTML(f"<b>{html.escape(title)}</b>"), *controls])
+            for title, controls in self._groups().items()
+        ]
+        layout = {"display": "grid", "grid_template_columns": columns, "grid_gap": "2px 24px"}
+        parts = [widgets.Box(groups, layout=layout), self.status, self.working, self.viewer, *self._below()]
+        self.root = Root(parts, layout={"width": "100%", "grid_gap": "6px"})
+
+    @contextlib.contextmanager
+    def quietly(self) -> Iterator[None]:
+        """Within it, moved controls compute nothing."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
 
     # ---- reacting ----
     def _changed(self, change: object = None) -> None:
         if self._quiet:
             return
-        self._quiet = True  # the controls adjusted here must not start a second round
-        try:
-            restoring = self.mode.value == RESTORE
-            self.compare_with.disabled = not restoring
-            if not restoring:
-                self.compare_with.value = "bicubic"
+        with self.quietly():  # the controls adjusted here must not start a second round
+            self._offer_left_sides()
             self.across.disabled = self.down.disabled = self.size.value == 0
-        finally:
-            self._quiet = False
-        if change is not None and change["owner"] is self.compare_with and self.result is not None:
+        wanted, shown = self._request(), self.shown
+        of_left = change is not None and change["owner"] is self.compare_with
+        if of_left and shown and not self.worker.job and wanted.other in (None, shown.other):
+            self.shown = dataclasses.replace(shown, request=dataclasses.replace(shown.request, left=wanted.left))
             self._paint()
         else:
             self.update()
 
+    def _offer_left_sides(self) -> None:
+        original = [ORIGINAL] if self.mode.value == RESTORE else []
+        names = [BICUBIC, *original, *(self._networks if len(self._networks) > 1 else ())]
+        if names != list(self.compare_with.options):
+            chosen = self.compare_with.value
+            self.compare_with.options = names
+            self.compare_with.value = chosen if chosen in names else BICUBIC
+
+    def _request(self) -> Request:
+        damage = Damage(self.quality.value, round(self.blur.value, 1), self.noise.value)
+        place = (self.size.value, self.across.value / 100, self.down.value / 100)
+        sides = (self.network.value, self.compare_with.value)
+        return Request(self.photo.value, *sides, self.mode.value, self.scale.value, *place, damage, self.lpips.value)
+
     def update(self) -> None:
-        """Compute and show the pictures for the controls as they stand; problems appear in words, not as tracebacks."""
-        try:
-            self.result, note = self._compute()
-        except (ValueError, OSError, RuntimeError) as error:
-            self.result = None
-            self.viewer.show(("bicubic", None), ("network", None), message="Nothing to show, see the line above.")
+        """Compute and show the pictures for the controls as they stand; problems appear in words, not as tracebacks.
+
+        What takes long goes on beside the page, with progress and a button to cancel.
+        """
+        request = self._request()
+        self.worker.start(functools.partial(self._compute, request), functools.partial(self._finished, request))
+
+    def _finished(self, request: Request, outcome: object) -> None:
+        self.working.layout.display = "none"
+        self.scale.layout.display = None if self._any_scale.get(request.network) else "none"
+        remark, self._remark = self._remark, ""
+        if isinstance(outcome, Cancelled):
+            kept = self.shown and f" The picture is still that of {self.shown.note}"
+            self._say(f"Cancelled.{kept or ''}", problem=True)
+        elif isinstance(outcome, Exception):
+            self.shown = None
+            message = "Nothing to show, see the line above."
+            self.viewer.show((BICUBIC, None), ("network", None), message=message)
             self.readout.value = ""
-            self._say(str(error), problem=True)
-            return
-        self._paint()
-        self._say(note)
+            self._say(f"{remark} {in_words(outcome)}", problem=True)
+        else:
+            self.shown = outcome
+            if outcome.cut:
+                self.across.disabled = self.down.disabled = False
+            self._paint()
+            self._say(f"{remark} {outcome.note}", problem=bool(remark))
 
-    def _compute(self) -> tuple[Comparison, str]:
-        if self.photo.value is None:
-            raise ValueError("No photo to show: upload one.")
-        rgb = _read(self.photos[self.photo.value])
-        model = self._model()
-        any_scale = hasattr(model, "at")
-        self.scale.layout.display = None if any_scale else "none"
-        model = model.at(self.scale.value) if any_scale else model
+    def _tell(self, job: Job) -> None:
+        self.working.layout.display = None
+        self.progress.max, self.progress.value = max(1, job.total), job.done
+        self.progress_text.value = job.progress()
+        if "Working" not in self.status.value:
+            self._say("Working …")
+
+    # ---- computing, on the worker's thread: reads no control ----
+    def _compute(self, request: Request, job: Job) -> Shown:
+        if request.photo is None:
+            raise ValueError("No photo to show: add one.")
+        job.stage(f"reading {request.photo}")
+        rgb = read_photo(self.photos[request.photo])
+        job.stage(f"loading {request.network}")
+        model = self._model(request.network)
+        self._any_scale[request.network] = hasattr(model, "at")
+        model = model.at(request.scale) if hasattr(model, "at") else model
         scale = getattr(model, "scale", 4)
-        size, note = self._fitting_size(rgb, scale)
-        rows, columns = crop_window(*rgb.shape[:2], size, self.across.value / 100, self.down.value / 100)
-        part = to_tensor(rgb[rows, columns])
-        need = 16 if self.mode.value == AS_IS else math.ceil(16 * scale)
-        if min(part.shape[-2:]) < need:
-            raise ValueError(
-                f"{self.photo.value} shows only {part.shape[-1]} x {part.shape[-2]} pixels; x{scale:g} in mode "
-                f"“{self.mode.value}” needs at least {need} x {need}. Choose a larger part or another photo."
-            )
-        return compare_upscaling(
-            part, model, scale, self.mode.value, self.quality.value, self.lpips.value, self._precision()
-        ), note or f"{part.shape[-1]} x {part.shape[-2]} pixels of {self.photo.value}, x{scale:g}."
-
-    def _precision(self) -> str:
+        size, cut = self._fitting_size(rgb, scale, request)
+        part = to_tensor(rgb[crop_window(*rgb.shape[:2], size, request.across, request.down)])
+        _check_part(part, scale, request)
         # Numbers are measured in fp32; where nothing is measured, the fast arithmetic of this machine serves.
-        return "fp32" if self.mode.value == RESTORE else self.precision
+        precision = "fp32" if request.mode == RESTORE else self.precision
+        other = None if request.other is None else self._model(request.other)
+        asked = (request.mode, request.damage, request.lpips, precision)
+        result = compare_upscaling(part, model, scale, *asked, other=other, job=job)
+        return Shown(request, request.other, result, _note(request, rgb, part, result, cut), cut)
 
-    def _model(self) -> nn.Module | None:
-        if self.network.value == BICUBIC_ONLY:
+    def _model(self, name: str) -> nn.Module | None:
+        if name == BICUBIC_ONLY:
             return None
-        model = self._networks[self.network.value]
+        model = self._networks[name]
         if not isinstance(model, nn.Module):
-            model = self._networks[self.network.value] = model()
+            model = self._networks[name] = model()
         return model.to(self.device).eval()
 
-    def _fitting_size(self, rgb: np.ndarray, scale: float) -> tuple[int, str]:
-        """The part's side, limited where the enlarged picture would be too large for a browser."""
-        size, most = self.size.value, int(MOST_PIXELS / (scale**2 if self.mode.value == AS_IS else 1))
+    def _fitting_size(self, rgb: np.ndarray, scale: float, request: Request) -> tuple[int, bool]:
+        """The part's side, limited where the whole would be too large, and whether it is."""
         h, w = rgb.shape[:2]
-        if size or h * w <= most:
-            return size, ""
-        limit = math.isqrt(most)
-        self.across.disabled = self.down.disabled = False
-        return (
-            limit,
-            f"{self.photo.value} is {w} x {h} pixels: too large at x{scale:g}, so {limit} x {limit} are shown.",
-        )
-
-    # ---- uploads ----
-    def add_photo(self, name: str, photo: Photo, select: bool = True) -> None:
-        """Offer one more photo: a path, or uint8 (h, w, 3). Raises ImageError when a file cannot be read."""
-        _read(photo)
-        self.photos = {name: photo} | {k: v for k, v in self.photos.items() if k != name}
-        current = self.photo.value
-        self._quiet = True  # new options reset the choice; paint once, below
-        self.photo.options = list(self.photos)
-        self.photo.value = name if select or current is None else current
-        self._quiet = False
-        if self.photo.value != current or name == current:
-            self.update()
-
-    def _uploaded(self, change: dict) -> None:
-        problems, added = [], 0
-        for item in change["new"]:
-            stream = io.BytesIO(bytes(item["content"]))
-            stream.name = item["name"]
-            try:
-                if not stream.getbuffer().nbytes:
-                    raise ImageError(item["name"], "the file is empty (0 bytes)")
-                self.add_photo(item["name"], read_picture(stream).rgb)
-                added += 1
-            except ImageError as error:
-                problems.append(str(error))
-        if problems:
-            self._say(f"{added} added, {len(problems)} not: " + "; ".join(problems), problem=True)
+        most = int(MOST_ENLARGED / scale**2) if request.mode == AS_IS else comparison.MOST_SHOWN
+        return (math.isqrt(most), True) if not request.size and h * w > most else (request.size, False)
 
     # ---- showing ----
+    def names(self) -> dict[str, str]:
+        """What the keys "other" and "network" of the result are called. Raises ValueError after an error."""
+        shown = self._on_show()
+        return {"network": shown.request.network, "other": str(shown.other)}
+
+    def _on_show(self) -> Shown:
+        if self.shown is None:
+            raise ValueError("there is no picture to draw: the panel's status line says why")
+        return self.shown
+
     def _paint(self) -> None:
-        result = self.result
-        name = self.network.value if result.network is not None else "network"
-        left = self.compare_with.value
-        shown = result.pictures()
+        shown = self._on_show()
+        request, result = shown.request, shown.result
+        left = "other" if request.other else request.left
         self.viewer.show(
-            (self._label(left, left), shown[left]),
-            (self._label(name, "network"), result.network),
+            (self._label(left), result.pictures()[left]),
+            (self._label("network"), result.network),
             original=result.original,
             message=NO_NETWORK if result.network is None else "",
         )
-        self.readout.value = self._table(name)
+        self.readout.value = readout.table(result, self.names(), request.damage, request.lpips)
 
-    def _label(self, text: str, key: str) -> str:
-        score = self.result.scores.get(key)
-        return f"{text}, {score['psnr_y']:.2f} dB" if score else text
-
-    def _table(self, name: str) -> str:
-        result = self.result
-        keys = ("psnr_y", "ssim_y", "lpips")
-        titles = [metrics.NAMES[key] for key in keys] if result.scores else []
-        rows = []
-        for key, ms in result.milliseconds.items():
-            scores = result.scores.get(key, {})
-            cells = [self._number(metric, scores[metric]) for metric in keys if scores] + [f"{ms:.0f}"]
-            title = html.escape(name if key == "network" else key)
-            rows.append(f"<tr><th scope='row'>{title}</th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-        head = "".join(f"<th scope='col'>{t}</th>" for t in ("", *titles, "milliseconds"))
-        note = metrics.protocol(result.scale) if result.scores else f"Mode “{AS_IS}”: {NO_ORIGINAL}."
-        if self.quality.value < 100:
-            note += f"; input damaged by JPEG quality {self.quality.value}"
-        style = "<style>.nb-numbers th, .nb-numbers td {padding: 0 12px 0 0; text-align: right}</style>"
-        return (
-            f"{style}<table class='nb-numbers'><tr>{head}</tr>{''.join(rows)}</table>"
-            f"<small style='line-height: 1.3; display: block; max-width: 70em'>{html.escape(note)}</small>"
-        )
-
-    def _number(self, metric: str, value: float | None) -> str:
-        if value is not None:
-            return f"{value:.2f}" if metric.startswith("psnr") else f"{value:.4f}"
-        if metric == "lpips" and not self.lpips.value:
-            return "off"
-        return "not available" if metric == "lpips" else "part too small"
+    def _label(self, key: str) -> str:
+        shown = self._on_show()
+        name = key if key == "network" and shown.result.network is None else self.names().get(key, key)
+        score = shown.result.scores.get(key)
+        return f"{name}, {score['psnr_y']:.2f} dB" if score else name
 
     def _say(self, text: str, problem: bool = False) -> None:
         # Sign and words carry the meaning; the frame only draws the eye.
         style = "border-left: 4px solid #d55e00; padding-left: 8px" if problem else ""
-        sign = "⚠ " if problem else ""
-        self.status.value = f"<div role='status' style='{style}; line-height: 1.4'>{sign}{html.escape(text)}</div>"
+        self._words = ("⚠ " if problem else "") + text.strip()
+        words = html.escape(self._words)
+        self.status.value = f"<div role='status' style='{style}; line-height: 1.4'>{words}</div>"
+
+    def text(self) -> str:
+        """The status line: what is on show, or what went wrong."""
+        return self._words
 
     def figure(self, crop: tuple[int, int, int, int] | None = None) -> Figure:
         """The comparison on show, for places without a kernel; ``crop`` = (top, left, height, width) enlarges a part.
 
         Raises ValueError when nothing is on show.
         """
-        if self.result is None:
-            raise ValueError("there is no picture to draw: the panel's status line says why")
-        named = {
-            self._label(self.network.value if key == "network" else key, key): picture
-            for key, picture in self.result.pictures().items()
-        }
-        title = f"{self.photo.value}, x{self.result.scale:g}, mode “{self.mode.value}”"
+        shown = self._on_show()
+        named = {self._label(key): picture for key, picture in shown.result.pictures().items()}
+        title = f"{shown.request.photo}, x{shown.result.scale:g}, mode “{shown.request.mode}”"
         return show.side_by_side(named, crop=crop, title=title)
 
 
-def bundled_photos() -> dict[str, Path]:
-    """The photos that come with the workbook, validation photos first, as ``{"val/name": path}``."""
-    folders = [runtime.PHOTOS / part for part in ("val", "train")]
-    files = [path for folder in folders if folder.is_dir() for path in find_images(folder)]
-    return {f"{path.parent.name}/{path.stem}": path for path in files}
+def in_words(error: Exception) -> str:
+    """What went wrong, in one line; errors that are not ours are named by their kind."""
+    text = " ".join(str(error).split())[:400]
+    return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}".strip(": ")
 
 
-def named_photos(photos: Mapping[str, Photo | Tensor] | Sequence[str | Path] | None) -> dict[str, Photo]:
-    if photos is None:
-        return bundled_photos()
-    if isinstance(photos, Mapping):
-        return {str(k): to_uint8(v) if isinstance(v, Tensor) else v for k, v in photos.items()}
-    return {Path(p).stem: Path(p) for p in photos}
+def _check_part(part: Tensor, scale: float, request: Request) -> None:
+    need = 16 if request.mode == AS_IS else math.ceil(16 * scale)
+    if min(part.shape[-2:]) < need:
+        raise ValueError(
+            f"{request.photo} shows only {part.shape[-1]} x {part.shape[-2]} pixels; x{scale:g} in mode "
+            f"“{request.mode}” needs at least {need} x {need}. Choose a larger part or another photo."
+        )
+
+
+def _note(request: Request, rgb: np.ndarray, part: Tensor, result: Comparison, cut: bool) -> str:
+    h, w = part.shape[-2:]
+    text = f"{w} x {h} pixels of {request.photo}, x{result.scale:g}."
+    if cut:
+        whole = f"{rgb.shape[1]} x {rgb.shape[0]}"
+        text = f"{request.photo} is {whole} pixels: too large at x{result.scale:g}, so {w} x {h} are shown."
+    if result.reduced > 1:
+        size = f"{round(w * result.scale)} x {round(h * result.scale)}"
+        text += (
+            f" The enlarged picture of {size} pixels is shown {result.reduced:.1f} times smaller, which hides fine"
+            " differences: “Save enlarged photo” keeps every pixel, and a smaller part shows them."
+        )
+    return text
 
 
 def explorer_panel(
     photos: Mapping[str, Photo | Tensor] | Sequence[str | Path] | None = None, device: str = "auto"
 ) -> ComparisonPanel:
-    """Every trained network against bicubic, on the bundled photos (or ``photos``) and on uploaded ones."""
-    where = str(runtime.pick_device(device))
-    networks = {name: functools.partial(checkpoints.cached, name, where) for name in checkpoints.available()}
-    return ComparisonPanel(networks, named_photos(photos), upload=True, device=device)
+    """Every network against bicubic or another, on the bundled photos (or ``photos``) and the reader's own.
+
+    See :class:`nbhelpers.explorer.ExplorerPanel`.
+    """
+    from .explorer import ExplorerPanel  # which builds on this file
+
+    return ExplorerPanel(named_photos(photos), device)
 
 
 def compare_panel(
@@ -360,9 +368,9 @@ def compare_panel(
     name: str = "network",
     device: str = "auto",
 ) -> ComparisonPanel:
-    """This network (or several, by name) against bicubic on a chosen photo; the explorer without upload.
+    """This network (or several, by name) against bicubic or each other on a chosen photo.
 
     A model is a plain module with attribute ``scale``; it is put into evaluation mode on ``device``.
     """
     networks = dict(model) if isinstance(model, Mapping) else {name: model}
-    return ComparisonPanel(networks, named_photos(photos), upload=False, device=device)
+    return ComparisonPanel(networks, named_photos(photos), device)

@@ -16,7 +16,7 @@ from .comparison import crop_window, timed
 from .feature_cache import FeatureCache
 from .images import ImageError, load_image, to_tensor
 from .models.continuous import ContinuousSR
-from .panels import Panel, Photo, named_photos
+from .panel import Panel, Photo, named_photos
 from .wipe import WipeViewer
 
 SIDE = 96  # of the small picture, in pixels

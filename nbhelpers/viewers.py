@@ -15,8 +15,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from . import panels, show
+from . import panel, show
 from .block_orthogonal import PLACEMENTS, BlockOrthogonalConv2d, orthogonality_error, parameter_counts
+from .comparison import crop_window
 from .images import ImageError, read_picture, to_tensor
 
 SHOWN = 12  # channels on one page
@@ -60,7 +61,7 @@ def _run(model: nn.Module, picture: Tensor, hooks: Mapping[nn.Module, Callable[.
             handle.remove()
 
 
-class FeaturePanel(panels.Panel):
+class FeaturePanel(panel.Panel):
     """Choosers of photo, layer and page around a picture of channels; see :func:`feature_panel`.
 
     Controls: ``photo, layer, page``; views: ``image, status``; ``maps`` holds what is shown, "c h w", None after an
@@ -74,7 +75,7 @@ class FeaturePanel(panels.Panel):
         self.photo = widgets.Dropdown(options=list(self.photos), description="Photo", **wide)
         self.layer = widgets.Dropdown(options=names, value=layer or names[0], description="Layer", **wide)
         self.page = widgets.IntSlider(min=1, max=1, description="Page", **wide)
-        self.image = panels.picture_view()
+        self.image = panel.picture_view()
         self.status = widgets.HTML()
         self._arrange([self.photo, self.layer, self.page], self.image)
         self._follow([self.photo, self.layer])
@@ -86,7 +87,7 @@ class FeaturePanel(panels.Panel):
         try:
             photo = self.photos[self.photo.value]
             rgb = photo if isinstance(photo, np.ndarray) else read_picture(photo).rgb
-            rows, columns = panels.crop_window(*rgb.shape[:2], SIDE)
+            rows, columns = crop_window(*rgb.shape[:2], SIDE)
             self.maps = output_of(self.model, to_tensor(rgb[rows, columns]), self.layer.value)
         except (ImageError, ValueError, RuntimeError) as error:
             self.maps, self.image.value = None, b""
@@ -119,10 +120,10 @@ def feature_panel(
 
     Channels are shown as pictures; factors that are one number per channel, as those of ECA-Lite, as bars.
     """
-    return FeaturePanel(model, photos or panels.bundled_photos(), layer)
+    return FeaturePanel(model, photos or panel.bundled_photos(), layer)
 
 
-class KernelPanel(panels.Panel):
+class KernelPanel(panel.Panel):
     """Sliders that build the kernel of a block-orthogonal convolution; see :func:`kernel_panel`.
 
     Controls: ``num_matrices, r, placement``; views: ``image, status``; ``conv`` is the layer shown.
@@ -137,7 +138,7 @@ class KernelPanel(panels.Panel):
         self.num_matrices = widgets.IntSlider(min=1, max=most, description="matrices", **wide)
         self.r = widgets.SelectionSlider(options=divisors, description="blocks r", **wide)
         self.placement = widgets.Dropdown(options=PLACEMENTS, description="placement", **wide)
-        self.image = panels.picture_view()
+        self.image = panel.picture_view()
         self.status = widgets.HTML()
         controls = [self.num_matrices, self.r, self.placement]
         self._arrange(controls, self.image)

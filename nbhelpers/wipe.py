@@ -1,9 +1,9 @@
-"""The wipe viewer: two pictures on one canvas, parted by a divider that the reader drags (an anywidget)."""
+"""The viewer of two pictures on one canvas: wiped, flickered, subtracted or side by side (an anywidget)."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,14 @@ from torch import Tensor
 from .images import to_uint8
 
 STATIC = Path(__file__).parent / "static"
+PARTS = ("zoom", "pictures", "paint", "files", "bars", "hands", "wipe")  # of the script, in this order
+VIEWS = ("wipe", "flicker", "difference", "side by side")
+MOST_BYTES = 2**30  # of one file that the page may send
+
+
+def script() -> str:
+    """The viewer's JavaScript as one module, which a page without a kernel can use as well."""
+    return "\n".join((STATIC / f"{part}.js").read_text(encoding="utf-8") for part in PARTS)
 
 
 def encode_picture(x: Tensor | np.ndarray | None) -> bytes:
@@ -37,10 +45,12 @@ def encode_picture(x: Tensor | np.ndarray | None) -> bytes:
 class WipeViewer(anywidget.AnyWidget):
     """Compares two pictures of one size; wheel or pinch zooms, drag pans, the divider wipes, all keys work.
 
-    Everything is synced both ways, so code can move what the reader moves.
+    Everything is synced both ways, so code can move what the reader moves. With ``takes_files``, files dropped on the
+    viewer or chosen with its button go to ``on_files([(name, bytes or what was wrong)])``, and while they come
+    ``on_receiving(name, bytes so far, all bytes)`` is called.
     """
 
-    _esm = STATIC / "wipe.js"
+    _esm = script()
     _css = STATIC / "wipe.css"
 
     left = traitlets.Bytes(b"", help="encoded picture (PNG, WebP, JPEG) left of the divider; b'' = missing").tag(
@@ -57,7 +67,19 @@ class WipeViewer(anywidget.AnyWidget):
     center = traitlets.Tuple(
         traitlets.Float(), traitlets.Float(), default_value=(0.5, 0.5), help="(x, y) in 0..1 in mid-canvas"
     ).tag(sync=True)
+    view = traitlets.Enum(VIEWS, "wipe").tag(sync=True)
+    gain = traitlets.Float(8.0, min=1.0, max=32.0, help="of the difference").tag(sync=True)
+    seconds = traitlets.Float(0.8, min=0.4, max=2.0, help="for which a flicker shows each picture").tag(sync=True)
+    loupe = traitlets.Bool(False, help="show pixel values under the pointer").tag(sync=True)
+    takes_files = traitlets.Bool(False).tag(sync=True)
     height = traitlets.Int(512, min=64, help="height of the canvas in CSS pixels").tag(sync=True)
+
+    def __init__(self, **traits: object):
+        super().__init__(**traits)
+        self.on_files: Callable[[list[tuple[str, bytes | str]]], None] = lambda files: None
+        self.on_receiving: Callable[[str, int, int], None] = lambda name, done, size: None
+        self._batch: tuple[int | None, dict[int, tuple[str, bytearray | str]]] = (None, {})
+        self.on_msg(lambda widget, content, buffers: self._receive(content, buffers))
 
     def __repr__(self) -> str:  # the default prints the pictures' bytes into the notebook
         return f"WipeViewer({self.left_label} | {self.right_label})"
@@ -82,6 +104,29 @@ class WipeViewer(anywidget.AnyWidget):
             self.set_trait("left", encoded["left"])
             self.set_trait("right", encoded["right"])
             self.set_trait("original", encoded["original"])
+
+    def download(self, name: str, kind: str, data: bytes) -> None:
+        """Let the reader's browser save ``data`` of media type ``kind`` as a file."""
+        self.send({"kind": "save", "name": name, "type": kind}, [data])
+
+    def _receive(self, content: Mapping[str, object], buffers: Sequence[bytes | memoryview]) -> None:
+        """One part of a file from the page (static/files.js); the last one of the last file ends the batch."""
+        if content.get("kind") != "file" or not self.takes_files:
+            return
+        if self._batch[0] != content["batch"]:
+            self._batch = (content["batch"], {})
+        files = self._batch[1]
+        if content["count"]:
+            name, data = files.setdefault(content["index"], (Path(content["name"]).name, bytearray()))
+            if content["problem"] or content["size"] > MOST_BYTES:
+                files[content["index"]] = name, content["problem"] or f"is larger than {MOST_BYTES >> 20} MB"
+            else:
+                data += buffers[0]
+                self.on_receiving(name, len(data), content["size"])
+            if not content["last"] or len(files) < content["count"]:
+                return
+        self._batch = (None, {})
+        self.on_files([(name, data if isinstance(data, str) else bytes(data)) for name, data in files.values()])
 
 
 def check_same_size(pictures: Mapping[str, Tensor | np.ndarray | None]) -> None:

@@ -1,57 +1,31 @@
-// Wipe viewer: two pictures of one size on one canvas, parted by a divider that the reader drags.
+// The viewer: two pictures of one size on one canvas, wiped, flickered, subtracted, or side by side.
 //
-// State shared with Python (see nbhelpers/wipe.py):
+// nbhelpers/wipe.py joins these files into one module: zoom.js, pictures.js, paint.js, files.js, bars.js, hands.js,
+// and this one.
+// State shared with Python:
 //   left, right, original   encoded pictures (PNG, WebP or JPEG bytes); empty bytes: that picture is missing
+//   view                    one of VIEWS
 //   divider                 0..1, where the divider stands within the visible width of the picture
 //   zoom                    screen pixels per picture pixel; 0 means "fit the picture into the canvas"
 //   center                  [x, y] in 0..1, the point of the picture in the middle of the canvas
-// All positions inside this file are device pixels unless a name ends in "Css".
+//   gain, seconds           of the difference, and for which each picture of a flicker stays
+//   loupe                   whether pixel values are shown
+//   takes_files             whether files may be dropped here
 
-const SIDES = ["left", "right", "original"];
-const MAX_ZOOM = 64;
-const GRAB_CSS = { mouse: 14, pen: 20, touch: 28 };
-const DRAG_STARTS_CSS = 3;
-
-const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
-
-// Above 1:1 only whole factors: then every picture pixel covers equally many screen pixels.
-const snapZoom = (zoom) => (zoom > 1 ? Math.round(zoom) : zoom);
-
-function stepZoom(zoom, direction) {
-  let next = snapZoom(zoom * 1.5 ** direction);
-  if (zoom >= 1 && next === zoom) next = zoom + direction;
-  if ((zoom < 1 && next > 1) || (zoom > 1 && next < 1)) next = 1;
-  return next;
-}
-
-// Start of a picture `size` long in a window `view` long: centred when it fits, else never pulled off an edge.
-function place(view, size, center) {
-  if (size <= view) return Math.round((view - size) / 2);
-  return Math.round(clamp(view / 2 - center * size, view - size, 0));
-}
-
-async function decode(bytes) {
-  if (!bytes || bytes.byteLength === 0) return { bitmap: null, words: "" };
-  try {
-    const bitmap = await createImageBitmap(new Blob([bytes]), { colorSpaceConversion: "none" });
-    return { bitmap, words: "" };
-  } catch {
-    return { bitmap: null, words: "This picture cannot be decoded." };
-  }
-}
-
-class WipeView {
+class WipeView extends Hands {
   constructor(model, el) {
+    super();
     this.model = model;
-    this.pictures = {}; // side -> {bitmap, words, bytes}
+    this.pictures = new Pictures(model);
     this.size = null; // {width, height} of the pictures in their own pixels
     this.pointers = new Map();
     this.drag = null; // what the pointer that is down does: {kind, x, y, ...}
     this.wanted = null; // unsnapped zoom while a trackpad or a pinch moves in small steps
-    this.loading = 0;
     this.peeking = false;
     this.spaceDown = false;
+    this.turn = "left"; // which picture a flicker shows now
     this.build(el);
+    this.painter = new Painter(this.canvas, this.pictures, (side) => this.model.get(`${side}_label`));
     this.listen();
     this.load();
   }
@@ -63,43 +37,44 @@ class WipeView {
     this.canvas = document.createElement("canvas");
     this.canvas.className = "wipe-canvas";
     this.canvas.tabIndex = 0;
-    this.canvas.setAttribute("role", "slider");
-    this.canvas.setAttribute("aria-valuemin", "0");
-    this.canvas.setAttribute("aria-valuemax", "100");
-    this.canvas.setAttribute("aria-orientation", "horizontal");
     // JupyterLab would otherwise take these keys as notebook commands ("0 0" restarts the kernel).
     this.canvas.setAttribute("data-lm-suppress-shortcuts", "true");
-    this.root.append(this.canvas, this.buildBar());
+    this.root.append(this.buildViews(), this.canvas, this.buildBar());
     el.append(this.root);
-    this.context = this.canvas.getContext("2d");
+  }
+
+  buildViews() {
+    this.viewButtons = Object.keys(VIEWS).map((view) =>
+      button(view[0].toUpperCase() + view.slice(1), `View: ${view} (key ${view[0].toUpperCase()})`, () => this.save({ view })),
+    );
+    this.range = document.createElement("input");
+    this.range.type = "range";
+    this.range.addEventListener("input", () => this.save({ [RANGES[this.view].name]: Number(this.range.value) }));
+    this.rangeText = text("wipe-range");
+    this.filesButton = button("Add photos …", "Add photos or network files: choose them here, or drop them on the picture", () => this.pickFiles());
+    const views = row("wipe-group", ...this.viewButtons);
+    return row("wipe-bar", views, this.range, this.rangeText, text("wipe-spring"), this.filesButton);
   }
 
   buildBar() {
-    const bar = document.createElement("div");
-    bar.className = "wipe-bar";
-    const button = (text, title, action) => {
-      const node = document.createElement("button");
-      node.type = "button";
-      node.textContent = text;
-      node.title = title;
-      node.setAttribute("aria-label", title);
-      if (action) node.addEventListener("click", action);
-      bar.append(node);
-      return node;
-    };
-    button("−", "Zoom out (key -)", () => this.step(-1));
-    this.zoomText = document.createElement("span");
-    this.zoomText.className = "wipe-zoom";
-    bar.append(this.zoomText);
-    button("+", "Zoom in (key +)", () => this.step(1));
-    button("Fit", "Fit the whole picture (key 0)", () => this.setZoom(0));
-    button("100 %", "One picture pixel on one screen pixel (key 1)", () => this.setZoom(1));
+    this.zoomText = text("wipe-zoom");
+    this.loupeButton = button("Loupe", "Pixel values under the pointer (key L)", () => this.save({ loupe: !this.model.get("loupe") }));
     this.peekButton = button("Original", "Hold to see the original (key O)");
-    const hint = document.createElement("span");
-    hint.className = "wipe-hint";
-    hint.textContent = "Drag the line to wipe, drag elsewhere to pan, wheel or pinch to zoom, double click: fit / 100 %.";
-    bar.append(hint);
-    return bar;
+    this.hint = text("wipe-hint");
+    this.values = document.createElement("output");
+    this.values.className = "wipe-values";
+    return row(
+      "wipe-bar",
+      button("−", "Zoom out (key -)", () => this.step(-1)),
+      this.zoomText,
+      button("+", "Zoom in (key +)", () => this.step(1)),
+      button("Fit", "Fit the whole picture (key 0)", () => this.setZoom(0)),
+      button("100 %", "One picture pixel on one screen pixel (key 1)", () => this.setZoom(1)),
+      this.loupeButton,
+      this.peekButton,
+      this.hint,
+      this.values,
+    );
   }
 
   listen() {
@@ -107,6 +82,7 @@ class WipeView {
       names.split(" ").forEach((name) => node.addEventListener(name, handler, options));
     on(this.canvas, "pointerdown", (event) => this.pointerDown(event));
     on(this.canvas, "pointermove", (event) => this.pointerMove(event));
+    on(this.canvas, "pointerleave", () => this.look(null));
     on(this.canvas, "pointerup pointercancel", (event) => this.pointerUp(event));
     on(this.canvas, "wheel", (event) => this.wheel(event), { passive: false });
     on(this.canvas, "dblclick", (event) => this.doubleClick(event));
@@ -118,14 +94,16 @@ class WipeView {
     on(this.peekButton, "pointerup pointerleave pointercancel blur", () => this.peek(false));
     on(this.peekButton, "keydown", (event) => (event.key === " " || event.key === "Enter") && this.peek(true));
     on(this.peekButton, "keyup", () => this.peek(false));
+    on(this.root, "dragover dragleave drop", (event) => this.drop(event));
     this.onPictures = () => this.load();
     this.onView = () => this.redraw();
+    this.onMessage = (content, buffers) => content.kind === "save" && download(content.name, content.type, buffers[0]);
     this.pictureEvents = SIDES.map((side) => `change:${side}`);
-    this.viewEvents = ["divider", "zoom", "center", "height", "message", ...SIDES.map((side) => `${side}_label`)].map(
-      (name) => `change:${name}`,
-    );
+    const shared = ["view", "divider", "zoom", "center", "gain", "seconds", "loupe", "takes_files", "height", "message"];
+    this.viewEvents = [...shared, ...SIDES.map((side) => `${side}_label`)].map((name) => `change:${name}`);
     this.pictureEvents.forEach((name) => this.model.on(name, this.onPictures));
     this.viewEvents.forEach((name) => this.model.on(name, this.onView));
+    this.model.on("msg:custom", this.onMessage);
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.canvas);
     window.addEventListener("resize", this.onView); // also fires when the device pixel ratio changes
@@ -134,47 +112,30 @@ class WipeView {
   destroy() {
     this.pictureEvents.forEach((name) => this.model.off(name, this.onPictures));
     this.viewEvents.forEach((name) => this.model.off(name, this.onView));
+    this.model.off("msg:custom", this.onMessage);
     this.observer.disconnect();
     window.removeEventListener("resize", this.onView);
     cancelAnimationFrame(this.frame);
-    this.loading += 1; // a decode still under way finds itself outdated
-    SIDES.forEach((side) => this.pictures[side]?.bitmap?.close());
+    clearInterval(this.flickering);
+    this.pictures.close();
     this.root.remove();
   }
 
-  // ---- pictures ----
-  // Decodes everything that changed first and swaps afterwards, in one step: no flicker, and never a left
-  // side from one setting beside a right side from another.
-  async load() {
-    const ticket = ++this.loading;
-    await Promise.resolve(); // left and right of one update arrive as two events of the same turn
-    if (ticket !== this.loading) return;
-    const next = {};
-    await Promise.all(
-      SIDES.map(async (side) => {
-        const bytes = this.model.get(side);
-        const old = this.pictures[side];
-        next[side] = old && old.bytes === bytes ? old : { ...(await decode(bytes)), bytes };
-      }),
-    );
-    if (ticket !== this.loading) {
-      SIDES.forEach((side) => next[side] !== this.pictures[side] && next[side].bitmap?.close());
-      return;
-    }
-    SIDES.forEach((side) => next[side] !== this.pictures[side] && this.pictures[side]?.bitmap?.close());
-    this.pictures = next;
-    this.adoptSize();
-    this.canvas.dataset.updates = String(Number(this.canvas.dataset.updates || 0) + 1);
-    this.draw();
+  // ---- state ----
+  get view() {
+    const view = this.model.get("view");
+    return view in VIEWS ? view : "wipe";
   }
 
-  adoptSize() {
-    const first = SIDES.map((side) => this.pictures[side].bitmap).find((bitmap) => bitmap);
-    const size = first ? { width: first.width, height: first.height } : null;
+  async load() {
+    if (!(await this.pictures.load())) return;
+    const size = this.pictures.size();
     const changed = this.size && size && (size.width !== this.size.width || size.height !== this.size.height);
     if (size) this.size = size; // kept while nothing is shown, so that zoom and pan survive an error in between
     this.empty = !size;
     if (changed) this.save({ zoom: 0, center: [0.5, 0.5] });
+    this.canvas.dataset.updates = String(Number(this.canvas.dataset.updates || 0) + 1);
+    this.draw();
   }
 
   save(values) {
@@ -183,36 +144,46 @@ class WipeView {
     this.redraw();
   }
 
+  pickFiles() {
+    const input = document.createElement("input");
+    input.type = "file";
+    input.multiple = true;
+    input.addEventListener("change", () => sendFiles(this.model, [...input.files]));
+    input.click();
+  }
+
+  drop(event) {
+    if (!this.model.get("takes_files")) return;
+    event.preventDefault(); // or the browser leaves the notebook and opens the file
+    event.stopPropagation();
+    this.root.classList.toggle("wipe-dropping", event.type === "dragover");
+    if (event.type === "drop") sendFiles(this.model, [...event.dataTransfer.files]);
+  }
+
   // ---- geometry ----
+  // Of one pane: side by side, the canvas holds two.
   geometry() {
-    const { width: W, height: H } = this.canvas;
-    const { width: w, height: h } = this.size || { width: 1, height: 1 };
-    const room = Math.min(W / w, H / h);
-    const fit = room > 1 ? Math.min(MAX_ZOOM, Math.floor(room)) : room;
-    const asked = this.model.get("zoom");
-    const zoom = asked > 0 ? clamp(snapZoom(asked), Math.min(fit, 0.1), MAX_ZOOM) : fit;
-    const [cx, cy] = this.model.get("center");
-    const x = place(W, w * zoom, cx);
-    const y = place(H, h * zoom, cy);
-    const from = Math.max(0, x);
-    const to = Math.min(W, x + w * zoom);
-    const split = Math.round(from + clamp(this.model.get("divider"), 0, 1) * (to - from));
-    return { W, H, w, h, fit, zoom, x, y, from, to, split, pannable: w * zoom > W + 1 || h * zoom > H + 1 };
+    const width = this.view === "side by side" ? Math.floor(this.canvas.width / 2) : this.canvas.width;
+    const [zoom, center, divider] = ["zoom", "center", "divider"].map((name) => this.model.get(name));
+    return layout(width, this.canvas.height, this.size || { width: 1, height: 1 }, zoom, center, divider);
   }
 
   ratio() {
     return window.devicePixelRatio || 1;
   }
 
-  // Pointer position in device pixels of the canvas.
+  // Pointer position in device pixels: of the canvas (x, y), and of the pane it is in (px, y).
   at(event) {
     const box = this.canvas.getBoundingClientRect();
-    return { x: (event.clientX - box.left) * this.ratio(), y: (event.clientY - box.top) * this.ratio() };
+    const x = (event.clientX - box.left) * this.ratio();
+    const pane = this.geometry().W;
+    return { x, y: (event.clientY - box.top) * this.ratio(), px: x < pane ? x : x - pane };
   }
 
   // Zooms so that the picture point under (px, py) stays there; zoom 0 means fit.
-  setZoom(zoom, px = this.canvas.width / 2, py = this.canvas.height / 2) {
+  setZoom(zoom, px, py = this.canvas.height / 2) {
     const g = this.geometry();
+    px ??= g.W / 2;
     const target = zoom > 0 ? snapZoom(clamp(zoom, Math.min(g.fit, 1), MAX_ZOOM)) : g.fit;
     const center = [
       clamp((g.W / 2 - px) / (g.w * target) + (px - g.x) / (g.w * g.zoom), 0, 1),
@@ -239,143 +210,9 @@ class WipeView {
     if (g.to > g.from) this.save({ divider: clamp((x - g.from) / (g.to - g.from), 0, 1) });
   }
 
-  // ---- mouse, pen, touch ----
-  pointerDown(event) {
-    this.canvas.focus({ preventScroll: true });
-    this.canvas.setPointerCapture(event.pointerId);
-    const point = this.at(event);
-    this.pointers.set(event.pointerId, point);
-    if (this.pointers.size === 2) {
-      const [a, b] = [...this.pointers.values()];
-      this.wanted = this.geometry().zoom;
-      this.drag = { kind: "pinch", span: Math.hypot(a.x - b.x, a.y - b.y), x: (a.x + b.x) / 2, y: (a.y + b.y) / 2 };
-      return;
-    }
-    if (event.button === 1) event.preventDefault(); // no auto-scroll
-    this.drag = { kind: this.dragKind(event, point), ...point, button: event.button, moved: false };
-    this.updateCursor(event);
-  }
-
-  nearDivider(event, point) {
-    const reach = (GRAB_CSS[event.pointerType] || GRAB_CSS.mouse) * this.ratio();
-    return Math.abs(point.x - this.geometry().split) <= reach;
-  }
-
-  dragKind(event, point) {
-    if (this.empty) return "none";
-    if (event.button !== 0 || this.spaceDown) return "pan";
-    // With the whole picture in view there is nothing to pan, so a drag anywhere moves the divider.
-    return this.nearDivider(event, point) || !this.geometry().pannable ? "divider" : "pan";
-  }
-
-  pointerMove(event) {
-    const point = this.at(event);
-    if (!this.drag || !this.pointers.has(event.pointerId)) return this.updateCursor(event);
-    this.pointers.set(event.pointerId, point);
-    if (this.drag.kind === "pinch") return this.pinch();
-    const dx = point.x - this.drag.x;
-    const dy = point.y - this.drag.y;
-    if (!this.drag.moved && Math.hypot(dx, dy) < DRAG_STARTS_CSS * this.ratio()) return;
-    if (this.drag.kind === "divider") this.moveDivider(point.x);
-    if (this.drag.kind === "pan") this.pan(dx, dy);
-    Object.assign(this.drag, point, { moved: true });
-  }
-
-  pinch() {
-    const [a, b] = [...this.pointers.values()];
-    const span = Math.hypot(a.x - b.x, a.y - b.y);
-    const x = (a.x + b.x) / 2;
-    const y = (a.y + b.y) / 2;
-    if (span < 1 || this.drag.span < 1) return;
-    this.wanted *= span / this.drag.span;
-    this.setZoom(this.wanted, x, y);
-    if (this.geometry().pannable) this.pan(x - this.drag.x, y - this.drag.y);
-    Object.assign(this.drag, { span, x, y });
-  }
-
-  pointerUp(event) {
-    this.pointers.delete(event.pointerId);
-    this.rightDragged = this.drag?.button === 2 && this.drag.moved;
-    this.drag = null;
-    this.wanted = null;
-    this.updateCursor(event);
-  }
-
-  contextMenu(event) {
-    if (!this.rightDragged && !(this.drag?.button === 2 && this.drag.moved)) return;
-    event.preventDefault();
-    event.stopPropagation();
-  }
-
-  wheel(event) {
-    if (this.empty) return;
-    const { fit, zoom } = this.geometry();
-    const inwards = event.deltaY < 0;
-    // At the end of the range the page scrolls on, so that the viewer is no trap for someone scrolling past.
-    if (event.deltaY === 0 || (!inwards && zoom <= fit) || (inwards && zoom >= MAX_ZOOM)) return;
-    event.preventDefault();
-    event.stopPropagation();
-    const { x, y } = this.at(event);
-    if (event.deltaMode !== 0 || Math.abs(event.deltaY) >= 50) {
-      this.wanted = null; // one notch of a mouse wheel: one level
-      return this.setZoom(Math.max(fit, stepZoom(zoom, inwards ? 1 : -1)), x, y);
-    }
-    if (this.wanted === null || snapZoom(this.wanted) !== zoom) this.wanted = zoom;
-    this.wanted = clamp(this.wanted * 2 ** (-event.deltaY / 100), fit, MAX_ZOOM);
-    this.setZoom(this.wanted, x, y);
-  }
-
-  doubleClick(event) {
-    const { x, y } = this.at(event);
-    const { fit, zoom } = this.geometry();
-    // Where "fit" already is 100 %, the second state is 400 %, or the double click would do nothing.
-    this.setZoom(zoom === fit ? (fit === 1 ? 4 : 1) : 0, x, y);
-  }
-
-  updateCursor(event) {
-    const kind = this.drag?.kind || (event ? this.dragKind({ button: 0, pointerType: event.pointerType }, this.at(event)) : "");
-    this.canvas.style.cursor = kind === "divider" ? "ew-resize" : kind === "pan" ? (this.drag ? "grabbing" : "grab") : "default";
-  }
-
-  // ---- keyboard ----
-  keyDown(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const action = event.shiftKey ? this.panKeys()[event.key] : this.plainKeys()[event.key];
-    const either = { "+": () => this.step(1), "-": () => this.step(-1), _: () => this.step(-1) }[event.key];
-    if (!action && !either) return;
-    event.preventDefault();
-    event.stopPropagation();
-    (action || either)();
-  }
-
-  plainKeys() {
-    const nudge = (by) => () => this.save({ divider: clamp(this.model.get("divider") + by, 0, 1) });
-    return {
-      ArrowLeft: nudge(-0.02), ArrowDown: nudge(-0.02), ArrowRight: nudge(0.02), ArrowUp: nudge(0.02),
-      PageDown: nudge(-0.1), PageUp: nudge(0.1), Home: nudge(-1), End: nudge(1),
-      "=": () => this.step(1), 0: () => this.setZoom(0), 1: () => this.setZoom(1),
-      o: () => this.peek(true), " ": () => { this.spaceDown = true; this.updateCursor(); },
-    };
-  }
-
-  panKeys() {
-    const by = (dx, dy) => () => this.pan(dx * this.canvas.width * 0.1, dy * this.canvas.height * 0.1);
-    return { ArrowLeft: by(1, 0), ArrowRight: by(-1, 0), ArrowUp: by(0, 1), ArrowDown: by(0, -1), O: () => this.peek(true) };
-  }
-
-  keyUp(event) {
-    if (event.key === " ") this.spaceDown = false;
-    if (event.key === "o" || event.key === "O") this.peek(false);
-  }
-
-  release() {
-    this.spaceDown = false;
-    this.peek(false);
-  }
-
   peek(on) {
     if (this.peeking === on) return;
-    this.peeking = on && Boolean(this.pictures.original?.bitmap);
+    this.peeking = on && Boolean(this.pictures.bitmap("original"));
     this.redraw();
   }
 
@@ -395,107 +232,71 @@ class WipeView {
   }
 
   draw() {
-    if (!this.pictures.left || !this.resizeCanvas()) return; // nothing decoded yet, or the cell is folded away
+    if (!this.pictures.ready || !this.resizeCanvas()) return; // nothing decoded yet, or the cell is folded away
     const g = this.geometry();
-    const context = this.context;
-    context.clearRect(0, 0, g.W, g.H);
-    this.describe(g);
-    if (this.empty) return this.words(this.model.get("message") || "No picture to show yet.", 0, g.W);
-    context.imageSmoothingEnabled = g.zoom < 1;
-    context.imageSmoothingQuality = "high";
-    if (this.peeking) return this.paintSide("original", 0, g.W, g);
-    this.paintSide("left", 0, g.split, g);
-    this.paintSide("right", g.split, g.W, g);
-    this.paintDivider(g);
+    const message = this.model.get("message");
+    this.painter.clear();
+    this.flicker();
+    describe(this, g);
+    if (this.empty) return this.painter.words(message || "No picture to show yet.", 0, this.canvas.width);
+    if (this.peeking) this.painter.side("original", 0, this.canvas.width, { ...g, ...this.wide() }, message);
+    else this.paint(g, message);
+    this.paintLoupe(g);
   }
 
-  // Paints one picture and its label, clipped to the columns from..to.
-  paintSide(side, from, to, g) {
-    if (to <= from) return;
-    const { bitmap, words } = this.pictures[side];
-    const label = this.model.get(`${side}_label`);
-    this.context.save();
-    this.context.beginPath();
-    this.context.rect(from, 0, to - from, g.H);
-    this.context.clip();
-    if (bitmap) this.context.drawImage(bitmap, g.x, g.y, g.w * g.zoom, g.h * g.zoom);
-    else this.words(words || this.model.get("message") || `No picture: ${label || side}.`, from, to);
-    if (label) this.paintLabel(label, side === "right", g);
-    this.context.restore();
+  // The original is shown across the whole canvas, also where there are two panes.
+  wide() {
+    const [zoom, center] = [this.model.get("zoom"), this.model.get("center")];
+    return layout(this.canvas.width, this.canvas.height, this.size, zoom, center, 0);
   }
 
-  paintLabel(text, atRight, g) {
-    const context = this.context;
-    const unit = this.ratio();
-    context.font = `600 ${13 * unit}px system-ui, sans-serif`;
-    const width = context.measureText(text).width + 16 * unit;
-    const x = atRight ? g.W - width - 8 * unit : 8 * unit;
-    context.fillStyle = "rgba(0, 0, 0, 0.72)";
-    context.beginPath();
-    context.roundRect(x, 8 * unit, width, 24 * unit, 4 * unit);
-    context.fill();
-    context.fillStyle = "#fff";
-    context.textAlign = "left";
-    context.textBaseline = "middle";
-    context.fillText(text, x + 8 * unit, 20.5 * unit);
-  }
-
-  // White between black edges: visible on any picture, and told apart by lightness, not by hue.
-  paintDivider({ split, H }) {
-    const context = this.context;
-    const unit = this.ratio();
-    const line = (width, colour) => {
-      context.fillStyle = colour;
-      context.fillRect(split - Math.round(width / 2), 0, Math.round(width), H);
-    };
-    line(4 * unit, "rgba(0, 0, 0, 0.75)");
-    line(2 * unit, "#fff");
-    context.beginPath();
-    context.arc(split, H / 2, 13 * unit, 0, 2 * Math.PI);
-    context.fillStyle = "#fff";
-    context.fill();
-    context.lineWidth = 2 * unit;
-    context.strokeStyle = "rgba(0, 0, 0, 0.75)";
-    context.stroke();
-    context.fillStyle = "#111";
-    for (const way of [-1, 1]) {
-      context.beginPath();
-      context.moveTo(split + way * 9 * unit, H / 2);
-      context.lineTo(split + way * 4 * unit, H / 2 - 5 * unit);
-      context.lineTo(split + way * 4 * unit, H / 2 + 5 * unit);
-      context.fill();
+  paint(g, message) {
+    const { painter, view } = this;
+    if (view === "difference") return painter.difference(this.model.get("gain"), g);
+    if (view === "flicker") {
+      this.canvas.dataset.turn = this.turn;
+      return painter.side(this.turn, 0, g.W, g, message);
     }
-  }
-
-  words(text, from, to) {
-    const context = this.context;
-    const unit = this.ratio();
-    context.font = `${14 * unit}px system-ui, sans-serif`;
-    context.fillStyle = getComputedStyle(this.canvas).color;
-    context.textAlign = "center";
-    context.textBaseline = "middle";
-    const lines = [""];
-    for (const word of text.split(/\s+/)) {
-      const longer = `${lines.at(-1)} ${word}`.trim();
-      if (lines.at(-1) && context.measureText(longer).width > to - from - 32 * unit) lines.push(word);
-      else lines[lines.length - 1] = longer;
+    if (view === "side by side") {
+      painter.side("left", 0, g.W, g, message);
+      painter.side("right", 0, g.W, g, message, g.W);
+      return painter.line(g.W, g.H);
     }
-    const top = Math.max(56 * unit, this.canvas.height / 2 - (lines.length - 1) * 10 * unit); // clear of the label
-    lines.forEach((line, row) => context.fillText(line, (from + to) / 2, top + row * 20 * unit));
+    painter.side("left", 0, g.split, g, message);
+    painter.side("right", g.split, g.W, g, message);
+    painter.divider(g);
   }
 
-  // Everything that a screen reader or the bar below the canvas says.
-  describe(g) {
-    const percent = Math.round(this.model.get("divider") * 100);
-    const [left, right] = [this.model.get("left_label"), this.model.get("right_label")];
-    const missing = this.model.get("message");
-    this.canvas.setAttribute("aria-valuenow", String(percent));
-    this.canvas.setAttribute("aria-valuetext", `${percent} % ${left}, ${100 - percent} % ${right}`);
-    this.canvas.setAttribute("aria-label", `Divider between ${left} (left) and ${right} (right). ${missing}`.trim());
-    this.canvas.style.touchAction = g.pannable ? "none" : "pan-y";
-    this.canvas.dataset.zoom = g.zoom.toFixed(3);
-    this.zoomText.textContent = this.empty ? "" : `${Math.round(g.zoom * 100)} %`;
-    this.peekButton.hidden = !this.pictures.original.bitmap;
+  flicker() {
+    const seconds = this.view === "flicker" && !this.empty ? this.model.get("seconds") : 0;
+    if (seconds === this.pace) return;
+    this.pace = seconds;
+    clearInterval(this.flickering);
+    if (!seconds) return;
+    this.flickering = setInterval(() => {
+      this.turn = this.turn === "left" ? "right" : "left";
+      this.redraw();
+    }, seconds * 1000);
+  }
+
+  // ---- loupe ----
+  look(point) {
+    this.pointer = point;
+    if (this.model.get("loupe")) this.redraw();
+  }
+
+  // The picture pixel under the pointer, or in the middle of the view for those who have none.
+  looked(g) {
+    const { px, y, x } = this.pointer || { px: g.W / 2, y: g.H / 2, x: 0 };
+    const pixel = { x: Math.floor((px - g.x) / g.zoom), y: Math.floor((y - g.y) / g.zoom) };
+    const inside = pixel.x >= 0 && pixel.y >= 0 && pixel.x < g.w && pixel.y < g.h;
+    return inside ? { ...pixel, atLeft: x < this.canvas.width / 2 } : null;
+  }
+
+  paintLoupe(g) {
+    const place = this.model.get("loupe") ? this.looked(g) : null;
+    this.values.textContent = place ? valuesText(this, place) : "";
+    if (place) this.painter.loupe(place, g);
   }
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbhelpers import runtime
+from nbhelpers import checkpoints, models, runtime
 from nbhelpers.images import save_image
 
 needs_shared = pytest.mark.skipif(
@@ -46,3 +46,22 @@ def small_photos(runs, monkeypatch):
         save_image(picture, runs / "photos" / f"{name}.png")
     monkeypatch.setattr(runtime, "PHOTOS", runs / "photos")
     return runs
+
+
+def tiny_network(scale: int) -> nn.Module:
+    """An untrained ESPCN, always the same for a scale."""
+    torch.manual_seed(scale)
+    return models.build("ESPCN", scale=scale, channels=8).eval()
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    """Two untrained networks in place of the committed ones."""
+    for scale in (2, 4):
+        arguments = {"scale": scale, "channels": 8}
+        checkpoints.save(f"tiny_x{scale}", tiny_network(scale), "ESPCN", arguments, {}, [], folder=tmp_path)
+    monkeypatch.setattr(runtime, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(runtime, "RUNS", tmp_path / "runs")
+    checkpoints.cached.cache_clear()
+    yield ["tiny_x2", "tiny_x4"]
+    checkpoints.cached.cache_clear()

@@ -1,4 +1,4 @@
-"""The explorer in real JupyterLab in headless Chromium: controls, divider and upload as a reader's hand moves them."""
+"""The explorer in real JupyterLab in headless Chromium: controls and divider as a reader's hand moves them."""
 
 import contextlib
 import json
@@ -15,9 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
-from PIL import Image
 
 from nbhelpers import checkpoints, runtime
 
@@ -131,8 +129,10 @@ def wait_for_kernel(address: str, token: str) -> None:
     """Until the page is connected to an idle kernel: "Run All" before that asks for a kernel or loses cells."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        with urllib.request.urlopen(f"{address}/api/kernels?token={token}", timeout=10) as answer:
-            if any(k["connections"] and k["execution_state"] == "idle" for k in json.load(answer)):
+        # While a kernel starts, the server may answer with an error of its own.
+        with contextlib.suppress(urllib.error.URLError, TimeoutError):
+            answer = urllib.request.urlopen(f"{address}/api/kernels?token={token}", timeout=10).read()
+            if any(k["connections"] and k["execution_state"] == "idle" for k in json.loads(answer)):
                 return
         time.sleep(0.3)
     pytest.fail(f"no kernel was ready within {START_SECONDS} s")
@@ -144,6 +144,7 @@ def opened(server: tuple[str, str], name: str):
     with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(START_SECONDS * 1000)
         page.problems = []
         page.on("console", lambda m: m.type == "error" and page.problems.append(f"{m.text} ({m.location.get('url')})"))
         page.on("pageerror", lambda error: page.problems.append(str(error)))
@@ -227,7 +228,7 @@ def test_jpeg_slider_changes_the_picture(page):
 
 
 def test_network_chooser_changes_the_picture(page):
-    chooser = control(page, "Network", "select")
+    chooser = control(page, "Right side", "select")
     names = chooser.locator("option").all_inner_texts()
     if len(names) < 2:
         pytest.skip(f"only one trained network here: {names}")
@@ -265,20 +266,6 @@ def test_wheel_zooms_and_zero_fits_again(page):
     canvas.press("0")  # "0 0" is JupyterLab's "restart the kernel?" unless the viewer keeps its keys to itself
     page.wait_for_function(f"() => Number(document.querySelector('{CANVAS}').dataset.zoom) === {fit}")
     assert page.locator(".jp-Dialog").count() == 0
-
-
-def test_upload_shows_the_new_photo_and_reports_the_broken_one(page, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (300, 320, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "mine.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    before = pixels(page)
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name=re.compile("Upload photos")).click()
-    chooser.value.set_files([tmp_path / "mine.png", tmp_path / "broken.png"])
-    waits_for_change(page, before, "photo uploaded")
-    playwright_api.expect(page.locator("[role=status]").first).to_contain_text("broken.png")
-    photo = control(page, "Photo", "select")
-    assert photo.evaluate("s => s.options[s.selectedIndex].text") == "mine.png"
 
 
 def test_screenshot_and_no_console_errors(page):

@@ -3,32 +3,15 @@
 import io
 import statistics
 import time
-from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from nbhelpers import checkpoints, models, panels, runtime
+from nbhelpers import comparison, models, panels, runtime
+from nbhelpers.tests.conftest import tiny_network
 from nbhelpers.wipe import WipeViewer, encode_picture
-
-
-def tiny_network(scale: int) -> torch.nn.Module:
-    torch.manual_seed(scale)
-    return models.build("ESPCN", scale=scale, channels=8).eval()
-
-
-@pytest.fixture
-def networks(tmp_path, monkeypatch):
-    """Two untrained networks in place of the committed ones."""
-    for scale in (2, 4):
-        arguments = {"scale": scale, "channels": 8}
-        checkpoints.save(f"tiny_x{scale}", tiny_network(scale), "ESPCN", arguments, {}, [], folder=tmp_path)
-    monkeypatch.setattr(runtime, "CHECKPOINTS", tmp_path)
-    checkpoints.cached.cache_clear()
-    yield ["tiny_x2", "tiny_x4"]
-    checkpoints.cached.cache_clear()
 
 
 @pytest.fixture
@@ -41,26 +24,6 @@ def compared():
     rng = np.random.default_rng(0)
     photos = {"noise": rng.integers(0, 256, (300, 420, 3), dtype=np.uint8)}
     return panels.compare_panel(tiny_network(4), photos, name="tiny", device="cpu")
-
-
-def upload(panel, *files: tuple[str, bytes]) -> None:
-    """What the browser sends when the reader picks files."""
-    panel.upload.value = [
-        {
-            "name": name,
-            "type": "image/png",
-            "size": len(data),
-            "content": memoryview(data),
-            "last_modified": datetime.now(UTC),
-        }
-        for name, data in files
-    ]
-
-
-def png(width: int, height: int, mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise((width, height), 80).convert(mode).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def size_of(data: bytes) -> tuple[int, int]:
@@ -107,6 +70,8 @@ def test_explorer_starts_with_every_network_and_the_validation_photos_first(expl
         ("across", 10),
         ("down", 90),
         ("quality", 20),
+        ("blur", 1.5),
+        ("noise", 20),
     ],
 )
 def test_each_control_changes_both_pictures(explorer, control, value):
@@ -136,7 +101,7 @@ def test_numbers_only_where_an_original_exists(compared):
     assert panels.NO_ORIGINAL in compared.readout.value
     assert compared.result.scores == {}
     assert compared.viewer.original == b""
-    assert "milliseconds" in compared.readout.value
+    assert ">ms</th>" in compared.readout.value and ">MB</th>" in compared.readout.value
 
 
 def test_left_side_can_be_the_original(compared):
@@ -148,7 +113,56 @@ def test_left_side_can_be_the_original(compared):
     assert compared.result is result, "showing another side must not compute anything again"
     compared.mode.value = panels.AS_IS
     assert compared.compare_with.value == "bicubic"
-    assert compared.compare_with.disabled
+    assert "original" not in compared.compare_with.options
+
+
+def test_two_networks_against_each_other(explorer):
+    explorer.network.value, explorer.compare_with.value = "tiny_x4", "tiny_x2"
+    result = explorer.result
+    assert result.other.shape == result.network.shape and not torch.equal(result.other, result.network)
+    assert explorer.viewer.left_label.startswith("tiny_x2, ") and explorer.viewer.right_label.startswith("tiny_x4, ")
+    assert list(result.scores) == list(result.milliseconds) == ["bicubic", "other", "network"]
+    for name in ("bicubic", "tiny_x2", "tiny_x4"):
+        assert f"<th scope='row'>{name}</th>" in explorer.readout.value
+    left = explorer.viewer.left
+    explorer.compare_with.value = "bicubic"
+    assert explorer.viewer.left != left
+    assert explorer.result is result, "showing another side must not compute anything again"
+    assert "<th scope='row'>tiny_x2</th>" in explorer.readout.value
+    explorer.mode.value = panels.AS_IS  # computed anew, and nobody asks for a second network now
+    assert explorer.result.other is None
+
+
+def test_noise_is_the_same_each_time(compared):
+    compared.noise.value = 15
+    first = compared.viewer.right
+    compared.noise.value = 0
+    compared.noise.value = 15
+    assert compared.viewer.right == first
+    assert "noise 15 of 255" in compared.readout.value
+
+
+def test_memory_and_time_of_each_side(compared):
+    assert set(compared.result.bytes) == set(compared.result.milliseconds) == {"bicubic", "network"}
+    weights = sum(p.nbytes for p in tiny_network(4).parameters())
+    features = 4 * 8 * 64 * 64  # of the first layer, 8 channels in fp32
+    assert compared.result.bytes["network"] > weights + features
+    assert compared.result.bytes["network"] > compared.result.bytes["bicubic"] > 4 * 3 * 256 * 256
+
+
+def test_an_error_of_any_kind_is_told_in_words():
+    class Broken(torch.nn.Module):
+        scale, halo = 2, 1
+
+        def forward(self, x):
+            raise KeyError("a layer that <nobody> made")
+
+    photos = {"noise": np.zeros((64, 64, 3), np.uint8)}
+    panel = panels.compare_panel({"broken": Broken(), "tiny": tiny_network(2)}, photos, device="cpu")
+    assert "KeyError" in panel.status.value and "&lt;nobody&gt;" in panel.status.value
+    assert panel.result is None and panel.viewer.message and panel.readout.value == ""
+    panel.network.value = "tiny"
+    assert panel.result is not None and "⚠" not in panel.status.value
 
 
 def test_result_equals_the_package_protocol(compared):
@@ -159,38 +173,8 @@ def test_result_equals_the_package_protocol(compared):
     assert compared.result.scores["bicubic"]["psnr_y"] == pytest.approx(metrics.psnr_y(bicubic, original, 4))
 
 
-def test_upload_reports_bad_files_and_keeps_the_good(explorer):
-    upload(explorer, ("good.png", png(300, 280)), ("text.png", b"no picture"), ("empty.png", b""))
-    assert explorer.photo.value == "good.png"
-    assert "300" not in explorer.status.value
-    assert "1 added, 2 not" in explorer.status.value
-    assert "text.png" in explorer.status.value
-    assert "empty.png" in explorer.status.value
-    assert explorer.result is not None
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
-def test_upload_takes_any_picture_mode(explorer, mode):
-    upload(explorer, ("photo.png", png(280, 270, mode)))
-    assert explorer.photo.value == "photo.png"
-    assert "⚠" not in explorer.status.value
-
-
-def test_uploading_another_file_of_the_same_name_shows_the_new_one(explorer):
-    upload(explorer, ("photo.png", png(300, 300)))
-    first = explorer.viewer.right
-    upload(explorer, ("photo.png", png(310, 310)))
-    assert explorer.viewer.right != first
-    assert list(explorer.photo.options).count("photo.png") == 1
-
-
-def test_file_names_are_shown_as_text_not_as_html(explorer):
-    upload(explorer, ("<img src=x onerror=alert(1)>.png", b"no picture"))
-    assert "<img" not in explorer.status.value
-
-
 def test_too_small_a_picture_is_told_in_words_and_recovers(explorer):
-    upload(explorer, ("dot.png", png(9, 9)))
+    explorer.add_photo("dot.png", np.zeros((9, 9, 3), np.uint8))
     assert "dot.png shows only 9 x 9 pixels" in explorer.status.value
     assert explorer.viewer.right == b""
     assert explorer.viewer.message
@@ -209,7 +193,7 @@ def test_a_damaged_network_is_told_in_words(explorer):
 
 
 def test_a_huge_photo_is_shown_in_part(explorer, monkeypatch):
-    monkeypatch.setattr(panels, "MOST_PIXELS", 200 * 200)
+    monkeypatch.setattr(comparison, "MOST_SHOWN", 200 * 200)
     explorer.size.value = 0
     assert "too large" in explorer.status.value
     assert size_of(explorer.viewer.right) == (200, 200)
@@ -226,12 +210,10 @@ def test_without_any_network_bicubic_remains(tmp_path, monkeypatch):
     assert panel.figure().axes
 
 
-def test_a_panel_for_one_network_hides_only_what_it_does_not_need(compared, explorer):
-    hidden = [
-        {n for n, w in vars(panel).items() if getattr(getattr(w, "layout", None), "display", None) == "none"}
-        for panel in (compared, explorer)
-    ]
-    assert hidden == [{"upload", "network", "scale"}, {"scale"}], "these networks are for one scale"
+def test_the_scale_is_hidden_for_networks_for_one_scale(compared, explorer):
+    for panel in (compared, explorer):
+        assert panel.scale.layout.display == "none"
+        assert panel.working.layout.display == "none"
 
 
 def test_figure_holds_every_picture(compared):
