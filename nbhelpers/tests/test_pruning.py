@@ -6,11 +6,12 @@ import re
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from nbhelpers import checkpoints, deploy, inference, models, pruning, runtime, training
 from nbhelpers.__main__ import main
-from nbhelpers.experiments import compose
+from nbhelpers.experiments import compose, differences
 
 NETWORKS = {
     "ESPCN": ("channels", {"scale": 3, "channels": 8, "batch_norm": True}),
@@ -148,6 +149,16 @@ def test_training_on_begins_in_training_mode(photos):
     info = checkpoints.card("net")
     cfg = pruning.tuning(info, changes | {"model": info["arguments"] | {"channels": 8}}, 4, [])
     assert all(module.training for module in training._network(cfg).modules())
+
+
+@pytest.mark.parametrize("name", [n for n in checkpoints.available() if "prune" in checkpoints.card(n)["config"]])
+def test_committed_networks_can_be_pruned_again_by_their_command(name, monkeypatch):
+    card, trained = checkpoints.card(name), []
+    monkeypatch.setattr(training, "train", lambda cfg, command: trained.append((cfg, command)))
+    assert main(card["command"].split()[3:]) == 0
+    [(cfg, command)] = trained
+    assert differences(card["config"], OmegaConf.to_container(cfg, resolve=True)) == []
+    assert command == card["command"]
 
 
 def test_without_training(photos, capsys):
