@@ -46,7 +46,7 @@ class Root(widgets.VBox):
     """The panel's outer box; its text form is short and always the same, so that saved notebooks stay comparable."""
 
     def __repr__(self) -> str:
-        return "Interactive panel: needs a running kernel; the figure beside it shows the same comparison."
+        return "Interactive panel: needs a running kernel; the figure above shows the same comparison."
 
 
 class Panel:
