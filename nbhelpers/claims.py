@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pandas.io.formats.style import Styler
 
 HOLDS, FAILS, UNDECIDED, UNTESTABLE = "holds", "fails", "undecided", "not testable here"
 VERDICTS = (HOLDS, FAILS, UNDECIDED, UNTESTABLE)
 Claim = tuple[str, str, str]  # what the source says, what was measured, verdict
+HEADINGS = ("source claim", "our measurement ± 95 %", "verdict")
 
 
 def verdict(expected: str, mean: float, half: float, margin: float) -> str:
@@ -38,14 +36,34 @@ def said(mean: float, half: float, unit: str = "dB", digits: int = 2) -> str:
     return f"{mean:+.{digits}f} ± {half:.{digits}f} {unit}".rstrip()
 
 
-def table(claims: Sequence[Claim]) -> Styler:
-    """The claims for a notebook, left-aligned. Raises ValueError for a verdict that is none of ``VERDICTS``."""
-    import pandas as pd
+class ClaimsTable:
+    """What :func:`table` gives: left-aligned HTML in a notebook, ``lines`` elsewhere.
 
+    Each cell says itself how it is aligned: from a notebook that it does not trust yet, as after a clone, JupyterLab
+    drops a ``<style>`` block and keeps a cell's own.
+    """
+
+    def __init__(self, claims: Sequence[Claim]):
+        self.claims = list(claims)
+
+    def __repr__(self) -> str:
+        return lines(self.claims)
+
+    def _repr_html_(self) -> str:
+        rows = "\n".join(_row("td", claim) for claim in self.claims)
+        return f"<table>\n<thead>{_row('th', HEADINGS)}</thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+
+
+def _row(tag: str, texts: Sequence[str]) -> str:
+    cells = (f'<{tag} style="text-align: left">{html.escape(text)}</{tag}>' for text in texts)
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def table(claims: Sequence[Claim]) -> ClaimsTable:
+    """The claims for a notebook, left-aligned. Raises ValueError for a verdict that is none of ``VERDICTS``."""
     if unknown := sorted({v for *_, v in claims} - set(VERDICTS)):
         raise ValueError(f"verdict {unknown} is unknown; choose from {list(VERDICTS)}")
-    frame = pd.DataFrame(claims, columns=["source claim", "our measurement ± 95 %", "verdict"])
-    return frame.style.hide(axis="index").set_properties(**{"text-align": "left"})
+    return ClaimsTable(claims)
 
 
 def lines(claims: Sequence[Claim]) -> str:

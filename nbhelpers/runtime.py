@@ -128,9 +128,9 @@ def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     bf16 = "with" if cpu_has_fast_bf16() else "without"
-    cpu = torch.backends.cpu.get_cpu_capability()
+    cpu, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     return (
-        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {cpu} {bf16} fast bf16, "
+        f"{platform.system()} {platform.machine()}, {threads} thread{'s'[: threads > 1]}, {cpu} {bf16} fast bf16, "
         f"torch {torch.__version__}"
     )
 

@@ -160,7 +160,7 @@ def interval_panels(
         axis.grid(axis="x", alpha=0.3)
     first = axes.flat[0]
     first.set_yticks(range(rows), list(next(iter(panels.values()))))
-    first.invert_yaxis()
+    first.set_ylim(rows - 0.5, -0.5)  # the first row on top, none on the frame
     if title and n == 1:
         first.set_title(title, fontsize=11)
     elif title:

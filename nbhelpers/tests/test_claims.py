@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -41,4 +42,13 @@ def test_wrong_arguments_are_quoted():
 def test_lines_and_table_hold_the_same():
     rows = [("K1 a", claims.said(0.123, 0.05), "holds"), ("K2 b", claims.said(-3, 1, "", 0), "fails")]
     assert claims.lines(rows) == "holds | K1 a | +0.12 ± 0.05 dB\nfails | K2 b | -3 ± 1"
-    assert list(claims.table(rows).data["verdict"]) == ["holds", "fails"]
+    table = claims.table(rows)
+    assert repr(table) == claims.lines(rows)
+    assert re.findall(r"<t[dh]\b[^>]*>([^<]*)", table._repr_html_()) == [*claims.HEADINGS, *rows[0], *rows[1]]
+
+
+def test_table_survives_jupyterlabs_sanitizer_and_odd_characters():
+    shown = claims.table([("K1 a < b & c", "+1", "holds")])._repr_html_()
+    assert "a &lt; b &amp; c" in shown
+    assert "<style" not in shown  # dropped in a notebook that is not trusted
+    assert all("text-align: left" in cell for cell in re.findall(r"<t[dh]\b[^>]*>", shown))

@@ -37,7 +37,7 @@ def lines(rows=ROWS) -> dict:
 
 
 def html(rows=ROWS) -> dict:
-    return {"output_type": "execute_result", "data": {"text/html": [claims.table(rows).to_html()]}, "metadata": {}}
+    return {"output_type": "execute_result", "data": {"text/html": [claims.table(rows)._repr_html_()]}, "metadata": {}}
 
 
 def notebook(folder: Path, *cells: dict, name: str = "07_test") -> Path:
@@ -82,7 +82,7 @@ def test_other_errors_say_which_and_why(tmp_path):
     with pytest.raises(RegisterError, match="no notebooks"):
         register.collect(tmp_path)
     bad = [("K4 nicer", "0", "perhaps")]
-    rows = claims.table(ROWS[:1]).to_html().replace("holds", "perhaps")
+    rows = claims.table(ROWS[:1])._repr_html_().replace("holds", "perhaps")
     path = notebook(tmp_path, code([{"output_type": "execute_result", "data": {"text/html": [rows]}}]))
     with pytest.raises(RegisterError, match=r"07_test gives 'K4 nicer' the verdict 'perhaps'.*holds"):
         register.collect(tmp_path)
