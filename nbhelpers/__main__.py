@@ -169,6 +169,7 @@ MODULES = {
     "export": ("deploy", "write a network as ONNX or torch.export program, checked against PyTorch"),
     "quantize": ("quantization", "write a network as ONNX file with 8-bit weights"),
     "prune": ("pruning", "make a narrower network of a trained one, and train it on"),
+    "readme": ("readme", "make README.md's tables and picture again from committed results"),
     "tiles": ("datasets.tiles", "cut folders of photos into lossless training tiles"),
 }
 SCALE = "needed for bicubic, free (2.7) for networks for any scale, otherwise checked against the network"

@@ -42,7 +42,8 @@ def compose_pruning(overrides: Sequence[str]) -> DictConfig:
         changes["model"] = info["arguments"] | {"channels": asked.width}
     if asked.start == "pruned":
         changes["prune"] = {"importance": asked.importance}
-    cfg = pruning.tuning(info, changes, asked.steps, ["data.roots=[bundled]", "trainer.progress=false"])
+    brief = ["optimizer.ema_decay=0"]  # an average over 1,000 steps would still be where it began
+    cfg = pruning.tuning(info, changes, asked.steps, ["data.roots=[bundled]", "trainer.progress=false", *brief])
     cfg.trainer.val_every = cfg.trainer.max_steps = asked.steps
     if asked.start == "scratch":
         cfg.init_from, cfg.optimizer.lr = None, info["config"]["optimizer"]["lr"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import checkpoints, runtime
+from .. import checkpoints, readme, runtime
 from ..configs import experiments
 from ..inference import evaluate
-from . import Row, read, write
+from . import write
 
 NAME = "set5.csv"
 SCALES = (2, 3, 4)
-MARKS = ("<!-- results: python -m nbhelpers study set5 -->", "<!-- end of results -->")
 
 
 def folders(scale: int) -> tuple[Path, Path]:
@@ -50,26 +49,6 @@ def run(fresh: bool = False, quick: bool = False) -> Path:
     path = (runtime.RUNS / "quick_results" if quick else runtime.RESULTS) / NAME
     write(path, rows)
     if not quick:
-        update_readme(read(path))
-        print("updated: the results table in README.md")
+        readme.update("scores")
+        print("updated: the table of scores in README.md")
     return path
-
-
-def markdown(rows: list[Row]) -> str:
-    """The means as a Markdown table."""
-    lines = ["| network | scale | parameters | PSNR-Y (dB) | SSIM-Y | LPIPS-Squeeze |", "|---|---|---|---|---|---|"]
-    for r in sorted((r for r in rows if r["image"] == "mean"), key=lambda r: (r["scale"], r["psnr_y"])):
-        known = r["model"] in checkpoints.available()
-        size = f"{checkpoints.card(r['model'])['parameters']:,}" if known else "–"
-        lpips = "–" if r["lpips"] == "" else f"{r['lpips']:.3f}"
-        lines.append(f"| {r['model']} | ×{r['scale']} | {size} | {r['psnr_y']:.2f} | {r['ssim_y']:.4f} | {lpips} |")
-    return "\n".join(lines)
-
-
-def update_readme(rows: list[Row]) -> None:
-    """Replace what stands between the README's two marks."""
-    readme = runtime.ROOT / "README.md"
-    head, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
-    tail = rest.split(MARKS[1])[1]
-    with runtime.atomic_path(readme) as part:
-        part.write_text(f"{head}{MARKS[0]}\n{markdown(rows)}\n{MARKS[1]}{tail}", encoding="utf-8")

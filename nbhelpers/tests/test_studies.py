@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from nbhelpers import models, runtime, studies
 from nbhelpers.experiments import check
 from nbhelpers.inference import evaluate
-from nbhelpers.studies import Study, espcn, gan, m23_init, pooling, read, rrdb, run_study, set5, summary, vgg, write
+from nbhelpers.studies import Study, espcn, gan, m23_init, pooling, read, rrdb, run_study, summary, vgg, write
 
 SMALL = ["data.limit=2", "data.val_limit=1", "data.patch=12", "data.batch=2"]
 SMALL += ["trainer.max_steps=2", "trainer.val_every=2"]
@@ -111,11 +111,6 @@ def test_score_is_the_evaluation_of_the_validation_photos():
     got = studies.score(model, lpips=False)
     assert got["psnr_y"] == pytest.approx(expected["psnr_y"], abs=1e-4) and got["lpips"] is None
     assert studies.score(model, rrdb.damaged, lpips=False) != got
-
-
-def test_readme_shows_the_committed_set5_table():
-    rows = read(runtime.RESULTS / set5.NAME)
-    assert set5.markdown(rows) in (runtime.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_luminance_errors_sort_by_the_originals_brightness():
