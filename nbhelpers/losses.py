@@ -28,6 +28,16 @@ def mse_luma(sr: Tensor, hr: Tensor) -> Tensor:
     return rgb_to_y(sr - hr, full_range=True).square().mean()
 
 
+def psnr_luma(sr: Tensor, hr: Tensor, *, epsilon: float = 1e-5) -> Tensor:
+    """Minus the PSNR of luma, in tens of dB, mean over the pictures: smooth ones count as much as detailed ones.
+
+    The loss of HINet (Chen et al. 2021), there on RGB. ``epsilon`` is added to a picture's mean squared error, so that
+    one above 50 dB does not outweigh all others.
+    """
+    error = rgb_to_y(sr - hr, full_range=True).square().mean(dim=(-3, -2, -1))
+    return torch.log10(error + epsilon).mean()
+
+
 def total_variation(sr: Tensor, hr: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring pixels of ``sr``, down plus across; ``hr`` is not looked at."""
     return sr.diff(dim=-2).abs().mean() + sr.diff(dim=-1).abs().mean()
@@ -235,6 +245,7 @@ LOSSES: dict[str, Callable[..., object]] = {
     "l1": F.l1_loss,
     "mse": F.mse_loss,
     "mse_luma": mse_luma,
+    "psnr_luma": psnr_luma,
     "charbonnier": charbonnier,
     "frequency": frequency,
     "lpips": LPIPSLoss,

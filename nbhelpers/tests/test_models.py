@@ -71,16 +71,19 @@ def test_losses_agree_with_their_formulas():
     sr, hr = torch.rand(2, 3, 5, 5), torch.rand(2, 3, 5, 5)
     d = sr - hr
     luma = 0.299 * d[:, 0] + 0.587 * d[:, 1] + 0.114 * d[:, 2]
-    total, terms = losses.WeightedLoss({"l1": 0.5, "mse": 2.0, "charbonnier": 1.0, "mse_luma": 3.0})(sr, hr)
+    total, terms = losses.WeightedLoss({"l1": 0.5, "mse": 2.0, "charbonnier": 1.0, "mse_luma": 3.0, "psnr_luma": 1.0})(
+        sr, hr
+    )
     expected = {
         "l1": d.abs().mean(),
         "mse": (d**2).mean(),
         "charbonnier": (d**2 + 1e-6).sqrt().mean(),
         "mse_luma": (luma**2).mean(),
+        "psnr_luma": ((luma**2).mean((1, 2)) + 1e-5).log10().mean(),
     }
     for name, value in expected.items():
         assert float(terms[name]) == pytest.approx(float(value), rel=1e-5), name
-    weighted = 0.5 * terms["l1"] + 2 * terms["mse"] + terms["charbonnier"] + 3 * terms["mse_luma"]
+    weighted = 0.5 * terms["l1"] + 2 * terms["mse"] + terms["charbonnier"] + 3 * terms["mse_luma"] + terms["psnr_luma"]
     assert float(total) == pytest.approx(float(weighted))
 
 
