@@ -29,13 +29,13 @@ def mse_luma(sr: Tensor, hr: Tensor) -> Tensor:
 
 
 def psnr_luma(sr: Tensor, hr: Tensor, *, epsilon: float = 1e-5) -> Tensor:
-    """Minus the PSNR of luma, in tens of dB, mean over the pictures: smooth ones count as much as detailed ones.
+    """Tens of dB by which the PSNR of luma falls short of 50 dB, mean over the pictures: log10(1 + MSE / ε).
 
-    The loss of HINet (Chen et al. 2021), there on RGB. ``epsilon`` is added to a picture's mean squared error, so that
-    one above 50 dB does not outweigh all others.
+    PSNR as a loss (Chen et al. 2021, HINet, on RGB): a smooth picture counts as much as a detailed one. ``epsilon``
+    keeps a nearly perfect one from outweighing the rest.
     """
     error = rgb_to_y(sr - hr, full_range=True).square().mean(dim=(-3, -2, -1))
-    return torch.log10(error + epsilon).mean()
+    return torch.log10(1 + error / epsilon).mean()
 
 
 def total_variation(sr: Tensor, hr: Tensor) -> Tensor:
