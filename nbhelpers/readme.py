@@ -20,10 +20,10 @@ class ReadmeError(ValueError):
 
 
 def scores() -> str:
-    """The means of ``data/results/set5.csv`` as a Markdown table."""
+    """The means of ``data/results/set5.csv`` as a Markdown table; what was but a stage of another stays out."""
     from .studies import read
 
-    rows = [r for r in read(runtime.RESULTS / "set5.csv") if r["image"] == "mean"]
+    rows = [r for r in read(runtime.RESULTS / "set5.csv") if r["image"] == "mean" and "_stage" not in r["model"]]
     known = checkpoints.available()
     lines = ["| network | scale | parameters | PSNR-Y (dB) | SSIM-Y | LPIPS-Squeeze |", "|---|---|---|---|---|---|"]
     for r in sorted(rows, key=lambda r: (r["scale"], r["psnr_y"])):

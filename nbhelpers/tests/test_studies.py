@@ -10,7 +10,21 @@ from omegaconf import OmegaConf
 from nbhelpers import models, runtime, studies
 from nbhelpers.experiments import check
 from nbhelpers.inference import evaluate
-from nbhelpers.studies import Study, espcn, gan, m23_init, pooling, read, rrdb, run_study, summary, vgg, write
+from nbhelpers.studies import (
+    Study,
+    deployment,
+    erblock,
+    espcn,
+    gan,
+    m23_init,
+    pooling,
+    read,
+    rrdb,
+    run_study,
+    summary,
+    vgg,
+    write,
+)
 
 SMALL = ["data.limit=2", "data.val_limit=1", "data.patch=12", "data.batch=2"]
 SMALL += ["trainer.max_steps=2", "trainer.val_every=2"]
@@ -74,7 +88,9 @@ def test_unknown_study_lists_the_known():
         studies.run("m24")
 
 
-COMMITTED = [espcn.STUDY, vgg.STUDY, gan.STUDY, pooling.STUDY, rrdb.STUDY, *m23_init.STUDIES.values()]
+COMMITTED = [espcn.STUDY, vgg.STUDY, gan.STUDY, pooling.STUDY, rrdb.STUDY]
+for module in (m23_init, erblock, deployment):
+    COMMITTED += module.STUDIES.values()
 
 
 @pytest.mark.parametrize("made", COMMITTED, ids=lambda s: s.name)
