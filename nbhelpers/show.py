@@ -238,6 +238,36 @@ def kernel_matrices(kernels: Mapping[str, Tensor], title: str | None = None) -> 
     return fig
 
 
+def confusion(tables: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
+    """Which class is taken for which: tables "class answer" next to each other, {title: numbers}, with their numbers.
+
+    Colours show the mistakes alone: the diagonal, which holds the right answers, is grey and does not set the scale.
+    Tables with negative numbers (differences) have 0 in the middle of theirs: blue is fewer, red more.
+    """
+    fig, axes = _figure(ncols=len(tables), sharey=True, squeeze=False, figsize=(1 + 3.9 * len(tables), 4.3))
+    places = [i + 0.5 for i in range(len(names))]
+    for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
+        values = np.asarray(table, dtype=float)
+        mistakes = np.ma.masked_array(values, np.eye(len(names), dtype=bool))
+        top, signed = float(np.abs(mistakes).max()) or 1.0, bool((values < 0).any())
+        axis.pcolormesh(
+            mistakes, cmap="RdBu_r" if signed else "Blues", vmin=-top if signed else 0, vmax=top, edgecolors="white",
+            linewidth=0.5,
+        )  # fmt: skip
+        axis.set_facecolor("0.85")
+        for (row, column), value in np.ndenumerate(values):
+            dark = row != column and abs(value) > 0.6 * top
+            number = f"{value:+.0f}" if signed and round(value) else f"{value:.0f}".replace("-", "")
+            colour = "white" if dark else "black"
+            axis.text(column + 0.5, row + 0.5, number, ha="center", va="center", fontsize=7, color=colour)
+        axis.set(xlim=(0, len(names)), ylim=(len(names), 0), aspect="equal", xlabel="answer")
+        axis.set_xticks(places, names, rotation=45, ha="right", fontsize=8)
+        axis.set_yticks(places, names, fontsize=8)
+        axis.set_title(title, fontsize=10)
+    axes.flat[0].set_ylabel("class")
+    return fig
+
+
 def scatter(
     points: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, title: str | None = None, note: str = ""
 ) -> Figure:
