@@ -229,7 +229,10 @@ def kernel_matrices(kernels: Mapping[str, Tensor], title: str | None = None) -> 
         matrix.set_xticks(range(0, columns + 1, max(1, len(kernel[0]) // 16) * kernel[0, 0].numel()), [])
         matrix.set_yticks([])
         channels = kernel.square().sum((0, 2, 3)).sqrt()
-        bars.bar([i + 0.5 for i in range(len(channels))], channels.tolist(), width=0.9, color=COLOURS[0])
+        if len(channels) > 100:  # gaps of less than a pixel would come and go
+            bars.stairs(channels.tolist(), fill=True, color=COLOURS[0])
+        else:
+            bars.bar([i + 0.5 for i in range(len(channels))], channels.tolist(), width=0.9, color=COLOURS[0])
         bars.set(xlim=(0, len(channels)), ylim=(0, None))
         bars.tick_params(labelsize=7)
     axes[-1].set_xlabel("input channel (each is a group of neighbouring columns)", fontsize=8)
