@@ -39,6 +39,7 @@ COSTS = (
     Axis("ms", "ms per output megapixel", ",.0f", tolerance=0.1),
     Axis("ms_fp32", "ms per output megapixel, fp32", ",.0f", tolerance=0.1),
     Axis("memory", "peak memory, MB per output megapixel", ",.0f", tolerance=0.1),
+    Axis("file", "file (kB)", ",.0f"),
 )
 AXES: Mapping[str, Axis] = {axis.key: axis for axis in (*QUALITY, *COSTS)}
 
@@ -53,8 +54,8 @@ def table(folder: Path | None = None) -> pd.DataFrame:
     """One row per network and scale: "name", "scale", "kind", the keys of ``AXES``, "any_scale", "source", "machine".
 
     From the tables of the studies ``set5`` and ``scoreboard`` in ``folder`` (default: ``data/results``), the
-    networks' cards and ``data/published.csv``. "ms" and "memory" are of the fast precision measured, "ms_fp32" of
-    fp32; what is not known is NaN. Raises FileNotFoundError, naming the study to run.
+    networks' files and cards, and ``data/published.csv``. "ms" and "memory" are of the fast precision measured,
+    "ms_fp32" of fp32; what is not known is NaN. Raises FileNotFoundError, naming the study to run.
     """
     folder = folder or runtime.RESULTS
     scores = _read(folder / set5.NAME, "set5").query("image == 'mean'").drop(columns=["image", "psnr_rgb"])
@@ -65,11 +66,17 @@ def table(folder: Path | None = None) -> pd.DataFrame:
     ours = scores.merge(of_ours.drop(columns="parameters"), on=keys, how="outer")
     ours["kind"] = [BICUBIC if name == "bicubic" else OURS for name in ours.model]
     ours["parameters"] = [cards.get(name, {}).get("parameters") for name in ours.model]
+    ours["file"] = [_kilobytes(name) if name in cards else None for name in ours.model]
     ours["any_scale"] = ["scales" in cards.get(name, {}) for name in ours.model]
     theirs = pd.read_csv(runtime.DATA / PUBLISHED).rename(columns={"name": "model"})
     theirs = theirs.merge(costs.drop(columns="parameters"), on=keys, how="left").assign(kind=THEIRS, any_scale=False)
     both = pd.concat([ours, theirs], ignore_index=True).rename(columns={"model": "name"})
     return both[["name", "scale", "kind", *AXES, "any_scale", "source", "machine"]]
+
+
+def _kilobytes(name: str) -> float:
+    """Of a committed network's weights, 10^3 bytes."""
+    return (runtime.CHECKPOINTS / f"{name}.safetensors").stat().st_size / 1e3
 
 
 def _costs(rows: pd.DataFrame) -> pd.DataFrame:
@@ -143,7 +150,7 @@ def needs(rows: pd.DataFrame, scale: int, budget_ms: float, few: int) -> list[di
         choose(at, f"best PSNR within {budget_ms:,.0f} ms per megapixel", "psnr_y", at.ms <= budget_ms),
         choose(at, f"best PSNR below {few:,} parameters", "psnr_y", at.parameters < few),
         choose(at, "fastest", "ms"),
-        choose(at, "fewest parameters", "parameters"),
+        choose(at, "smallest file", "file"),
         choose(at, "least memory", "memory"),
         choose(at, "any scale, fractions too", "psnr_y", at.any_scale),
     ]
