@@ -147,6 +147,31 @@ def test_panel_redraws_and_shows_numbers_at_each_point():
     assert "1 more lack" not in panel.status.value
 
 
+@pytest.fixture
+def ends(small_photos, networks):
+    """Best and worst photos of two untrained networks."""
+    rows = [("tiny_x2", 2, "c", "c", 1.0, -1.0), ("tiny_x4", 4, "c", "gone", 2.0, 0.5)]
+    scoreboard_panel._small.cache_clear()
+    yield pd.DataFrame(rows, columns=["name", "scale", "best", "worst", "best_gain", "worst_gain"])
+    scoreboard_panel._small.cache_clear()
+
+
+def test_windows_show_one_place_three_times(ends):
+    pictures = scoreboard_panel.windows("tiny_x2", 2, "c", 32)
+    assert [tuple(p.shape) for p in pictures] == [(3, 32, 32)] * 3
+    assert all(p.min() >= 0 and p.max() <= 1 for p in pictures) and not pictures[0].equal(pictures[2])
+
+
+def test_extremes_panel_redraws_and_tells_problems_in_words(ends):
+    panel = scoreboard_panel.extremes_panel(ends)
+    before = panel.image.value
+    assert "tiny_x2 ×2: best c +1.00 dB, worst c -1.00 dB" in panel.status.value and before
+    panel.side.value = 32
+    assert panel.image.value not in (before, b"")
+    panel.network.value = 1
+    assert panel.image.value == b"" and "gone.png" in panel.status.value
+
+
 def test_panel_tells_in_words_that_there_is_nothing():
     panel = scoreboard_panel.scoreboard_panel(rows().query("name == 'far'"))
     panel.x.value = "ms"
