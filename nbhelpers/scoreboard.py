@@ -156,18 +156,20 @@ def needs(rows: pd.DataFrame, scale: int, budget_ms: float, few: int) -> list[di
     ]
 
 
-def for_damaged(folder: Path | None = None, kind: str = "real_esrgan") -> dict[str, str]:
-    """The x4 network whose pictures of damaged input are closest to the originals for the eye, a row as of ``choose``.
+def for_damaged(folder: Path | None = None, kind: str = "real_esrgan", key: str = "lpips") -> dict[str, str]:
+    """The x4 network that restores damaged photos best, a row as of ``choose``: for the eye, or by another ``key``.
 
-    From the table of the study ``damaged``; where that is missing, "network" is "none" and "because" says how to make
-    it.
+    From the table of the study ``damaged`` on the bundled validation photos; where that is missing, "network" is
+    "none" and "because" says how to make it.
     """
-    need, path = "damaged photos (blur, noise, JPEG)", (folder or runtime.RESULTS) / damaged.NAME
+    how = "for the eye" if key == "lpips" else "pixel by pixel"
+    need, path = f"damaged photos (blur, noise, JPEG), {how}", (folder or runtime.RESULTS) / damaged.NAME
     if not path.is_file():
         return {"need": need, "network": "none", "because": "not measured yet: python -m nbhelpers study damaged"}
     rows = pd.read_csv(path).query("image == 'mean' and set == @kind").rename(columns={"model": "name"})
     rows["kind"] = [BICUBIC if name == "bicubic" else OURS for name in rows.name]
-    return choose(rows, need, "lpips")
+    found = choose(rows, need, key)
+    return found | {"because": found["because"].replace(", Set5", ", damaged validation photos")}
 
 
 def gains(folder: Path | None = None) -> pd.DataFrame:

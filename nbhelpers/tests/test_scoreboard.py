@@ -103,12 +103,15 @@ def test_damaged_photos_have_a_table_of_their_own(tmp_path):
     assert "study damaged" in scoreboard.for_damaged(tmp_path)["because"]
     found = [("bicubic", "real_esrgan", 0.1), ("a", "real_esrgan", 0.4), ("b", "real_esrgan", 0.3), ("a", "clean", 0.2)]
     table = [
-        {"model": m, "set": s, "image": i, "psnr_y": 20.0, "ssim_y": 0.5, "psnr_rgb": 20.0, "lpips": v}
+        {"model": m, "set": s, "image": i, "psnr_y": 20.0 + v, "ssim_y": 0.5, "psnr_rgb": 20.0, "lpips": v}
         for m, s, v in found
         for i in ("bee", "mean")
     ]
     write(tmp_path / damaged.NAME, table)
-    assert scoreboard.for_damaged(tmp_path)["network"] == "b"
+    one = scoreboard.for_damaged(tmp_path)
+    assert one["network"] == "b" and one["need"].endswith("for the eye")
+    assert one["because"] == "LPIPS-Squeeze, damaged validation photos: 0.300; next a, 0.400"  # no word of Set5
+    assert scoreboard.for_damaged(tmp_path, key="psnr_y")["network"] == "a"
 
 
 def test_gains_and_extremes(tmp_path):
