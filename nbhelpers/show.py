@@ -382,7 +382,8 @@ def label_points(fig: Figure, axis: object, points: Mapping[str, tuple[float, fl
         for far, angle in itertools.product(range(9, 150, 8), angles):
             dx, dy = far * math.cos(angle), far * math.sin(angle)
             moved = box.translated(point * dx - (box.width if dx < 0 else 0), point * dy)
-            inside = axis.bbox.x0 < moved.x0 and moved.x1 < axis.bbox.x1 and axis.bbox.y0 < moved.y0 < axis.bbox.y1
+            seen = axis.bbox.padded(-3 * point)  # text is a little wider in another resolution
+            inside = seen.x0 < moved.x0 and moved.x1 < seen.x1 and seen.y0 < moved.y0 < seen.y1
             if inside and not moved.count_overlaps(taken):
                 break
         taken.append(moved)
