@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 COLUMNS = ("file", "rank", "class", "probability")
+MISTAKES = ("picture", "class", "answer", "probability")
 CHUNK = 500  # pictures decoded at once
 
 
@@ -68,12 +69,20 @@ def infer(name: str | Path, inputs: Sequence[str | Path], top: int = 1, workers:
     return out
 
 
-def evaluate(name: str | Path, data: str | None = None, data_dir: str = "data", workers: int = 4) -> dict[str, object]:
+def evaluate(
+    name: str | Path,
+    data: str | None = None,
+    data_dir: str = "data",
+    workers: int = 4,
+    mistakes: Path | None = None,
+) -> dict[str, object]:
     """``accuracy``, ``roc_auc`` and ``loss`` in fp32 on the test pictures of a data set, and how many they are.
 
     ``data`` as ``data_module.dataset`` (default: what the network was trained on), or a folder ``CLASS/…`` that is all
-    test. Raises DataError where its classes are not those of the network.
+    test. ``mistakes``: also write the wrong answers to this CSV, the surest first, with MISTAKES as columns; "picture"
+    is the number in the test set, from 0. Raises DataError where its classes are not those of the network.
     """
+    from . import runtime
     from .classify import predict, scores
     from .datasets.classification import DataError
     from .datasets.small_pictures import open_collection, read_class_folders
@@ -90,8 +99,15 @@ def evaluate(name: str | Path, data: str | None = None, data_dir: str = "data", 
     numbered = all(n.isdigit() for n in names)  # an .npz need not name its classes
     if len(names) != len(card["classes"]) or not (numbered or list(names) == card["classes"]):
         raise DataError(f"{data} has the classes {list(names)}, the network {str(name)!r} {card['classes']}")
-    found = scores(predict(model, pictures.images), pictures.labels)
-    return {"model": str(name), "data": description, "pictures": len(pictures), **found}
+    logits = predict(model, pictures.images)
+    if mistakes:
+        chances, answers = logits.softmax(1).max(1)
+        wrong = (answers != pictures.labels).nonzero().flatten()
+        wrong = wrong[chances[wrong].argsort(descending=True, stable=True)].tolist()
+        classes, labels, answers = card["classes"], pictures.labels.tolist(), answers.tolist()
+        rows = [(i, classes[labels[i]], classes[answers[i]], round(float(chances[i]), 4)) for i in wrong]
+        runtime.write_csv(mistakes, [dict(zip(MISTAKES, row, strict=True)) for row in rows], MISTAKES)
+    return {"model": str(name), "data": description, "pictures": len(pictures), **scores(logits, pictures.labels)}
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------
@@ -217,7 +233,7 @@ def _infer(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    result = evaluate(args.model, args.data, args.data_dir, args.workers)
+    result = evaluate(args.model, args.data, args.data_dir, args.workers, args.mistakes)
     if args.json:
         finite = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in result.items()}
         print(json.dumps(finite, ensure_ascii=False))
@@ -280,6 +296,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     q.add_argument("--data-dir", default="data", help="folder of downloads, below runs/downloads unless absolute")
     q.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    q.add_argument("--mistakes", type=Path, metavar="OUT", help="also write picture, class, answer, probability")
     q.set_defaults(run=_evaluate)
     for command in (p, q):
         command.add_argument("--workers", type=int, default=4, help="threads that decode pictures")

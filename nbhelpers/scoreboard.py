@@ -39,6 +39,7 @@ COSTS = (
     Axis("ms", "ms per output megapixel", ",.0f", tolerance=0.1),
     Axis("ms_fp32", "ms per output megapixel, fp32", ",.0f", tolerance=0.1),
     Axis("memory", "peak memory, MB per output megapixel", ",.0f", tolerance=0.1),
+    Axis("file", "file (kB)", ",.0f"),
 )
 AXES: Mapping[str, Axis] = {axis.key: axis for axis in (*QUALITY, *COSTS)}
 
@@ -53,8 +54,8 @@ def table(folder: Path | None = None) -> pd.DataFrame:
     """One row per network and scale: "name", "scale", "kind", the keys of ``AXES``, "any_scale", "source", "machine".
 
     From the tables of the studies ``set5`` and ``scoreboard`` in ``folder`` (default: ``data/results``), the
-    networks' cards and ``data/published.csv``. "ms" and "memory" are of the fast precision measured, "ms_fp32" of
-    fp32; what is not known is NaN. Raises FileNotFoundError, naming the study to run.
+    networks' files and cards, and ``data/published.csv``. "ms" and "memory" are of the fast precision measured,
+    "ms_fp32" of fp32; what is not known is NaN. Raises FileNotFoundError, naming the study to run.
     """
     folder = folder or runtime.RESULTS
     scores = _read(folder / set5.NAME, "set5").query("image == 'mean'").drop(columns=["image", "psnr_rgb"])
@@ -65,11 +66,17 @@ def table(folder: Path | None = None) -> pd.DataFrame:
     ours = scores.merge(of_ours.drop(columns="parameters"), on=keys, how="outer")
     ours["kind"] = [BICUBIC if name == "bicubic" else OURS for name in ours.model]
     ours["parameters"] = [cards.get(name, {}).get("parameters") for name in ours.model]
+    ours["file"] = [_kilobytes(name) if name in cards else None for name in ours.model]
     ours["any_scale"] = ["scales" in cards.get(name, {}) for name in ours.model]
     theirs = pd.read_csv(runtime.DATA / PUBLISHED).rename(columns={"name": "model"})
     theirs = theirs.merge(costs.drop(columns="parameters"), on=keys, how="left").assign(kind=THEIRS, any_scale=False)
     both = pd.concat([ours, theirs], ignore_index=True).rename(columns={"model": "name"})
     return both[["name", "scale", "kind", *AXES, "any_scale", "source", "machine"]]
+
+
+def _kilobytes(name: str) -> float:
+    """Of a committed network's weights, 10^3 bytes."""
+    return (runtime.CHECKPOINTS / f"{name}.safetensors").stat().st_size / 1e3
 
 
 def _costs(rows: pd.DataFrame) -> pd.DataFrame:
@@ -143,24 +150,26 @@ def needs(rows: pd.DataFrame, scale: int, budget_ms: float, few: int) -> list[di
         choose(at, f"best PSNR within {budget_ms:,.0f} ms per megapixel", "psnr_y", at.ms <= budget_ms),
         choose(at, f"best PSNR below {few:,} parameters", "psnr_y", at.parameters < few),
         choose(at, "fastest", "ms"),
-        choose(at, "fewest parameters", "parameters"),
+        choose(at, "smallest file", "file"),
         choose(at, "least memory", "memory"),
         choose(at, "any scale, fractions too", "psnr_y", at.any_scale),
     ]
 
 
-def for_damaged(folder: Path | None = None, kind: str = "real_esrgan") -> dict[str, str]:
-    """The x4 network whose pictures of damaged input are closest to the originals for the eye, a row as of ``choose``.
+def for_damaged(folder: Path | None = None, kind: str = "real_esrgan", key: str = "lpips") -> dict[str, str]:
+    """The x4 network that restores damaged photos best, a row as of ``choose``: for the eye, or by another ``key``.
 
-    From the table of the study ``damaged``; where that is missing, "network" is "none" and "because" says how to make
-    it.
+    From the table of the study ``damaged`` on the bundled validation photos; where that is missing, "network" is
+    "none" and "because" says how to make it.
     """
-    need, path = "damaged photos (blur, noise, JPEG)", (folder or runtime.RESULTS) / damaged.NAME
+    how = "for the eye" if key == "lpips" else "pixel by pixel"
+    need, path = f"damaged photos (blur, noise, JPEG), {how}", (folder or runtime.RESULTS) / damaged.NAME
     if not path.is_file():
         return {"need": need, "network": "none", "because": "not measured yet: python -m nbhelpers study damaged"}
     rows = pd.read_csv(path).query("image == 'mean' and set == @kind").rename(columns={"model": "name"})
     rows["kind"] = [BICUBIC if name == "bicubic" else OURS for name in rows.name]
-    return choose(rows, need, "lpips")
+    found = choose(rows, need, key)
+    return found | {"because": found["because"].replace(", Set5", ", damaged validation photos")}
 
 
 def gains(folder: Path | None = None) -> pd.DataFrame:

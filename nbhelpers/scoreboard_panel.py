@@ -1,8 +1,9 @@
-"""Charts of the scoreboard: quality against cost as figures, and a panel to choose what is drawn."""
+"""Charts of the scoreboard: quality against cost as figures, and panels to choose what is drawn and which photos."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
-from . import show
+from . import degrade, runtime, show
 from .claims import VERDICTS
-from .images import to_uint8
-from .panels import Panel
+from .images import load_image, to_uint8
+from .inference import get_model, upscale
+from .panel import Panel, picture_view
 from .register import OPEN, Finding, known, without_verdict
 from .scoreboard import AXES, BICUBIC, OURS, QUALITY, THEIRS, Axis, front, label
 
@@ -245,3 +247,65 @@ def crop_rows(rows: Mapping[str, Sequence[Tensor]], columns: Sequence[str], side
     for axis, title in zip(axes[0, 1:], columns, strict=True):
         axis.set_title(title, fontsize=8, pad=3)
     return fig
+
+
+@functools.lru_cache(maxsize=24)
+def _small(photo: str, scale: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A bundled validation photo, shrunk, and enlarged again by bicubic."""
+    hr = degrade.crop_to_multiple(load_image(runtime.PHOTOS / "val" / f"{photo}.png"), scale)
+    lr = degrade.downscale(hr, scale)
+    return hr, lr, upscale(get_model("bicubic", scale), lr)
+
+
+def windows(name: str, scale: int, photo: str, side: int = 48) -> list[Tensor]:
+    """A bundled photo by bicubic, by a network, and as it was, "3 side side" where the first two differ most."""
+    hr, lr, plain = _small(photo, int(scale))
+    sr = upscale(get_model(name, int(scale)), lr)
+    place = show.window(plain, sr, hr, side)
+    return [picture[place].clamp(0, 1) for picture in (plain, sr, hr)]
+
+
+class ExtremesPanel(Panel):
+    """See :func:`extremes_panel`. Controls: ``network, side``; views: ``image, status``."""
+
+    def __init__(self, rows: pd.DataFrame):
+        self.rows = rows.reset_index(drop=True)
+        wide = {"layout": {"width": "auto"}, "style": {"description_width": "6em"}}
+        options = [(label(row, True), i) for i, row in self.rows.iterrows()]
+        sides = [(f"{n} x {n} pixels", n) for n in (32, 64, 128, 256)]
+        self.network = widgets.Dropdown(options=options, description="Network", **wide)
+        self.side = widgets.Dropdown(options=sides, value=64, description="Window", **wide)
+        self.image, self.status = picture_view(), widgets.HTML()
+        controls = [self.network, self.side]
+        self._arrange(controls, self.image)
+        self._follow(controls)
+        self.update()
+
+    def update(self) -> None:
+        """Enlarge for the controls as they stand; problems appear in words."""
+        row = self.rows.loc[self.network.value]
+        try:
+            self._draw()
+        except (OSError, ValueError) as error:
+            self.image.value = b""
+            self._say(f"⚠ {error}")
+            return
+        self._say(
+            f"{label(row, True)}: best {row.best} {row.best_gain:+.2f} dB, worst {row.worst} {row.worst_gain:+.2f} dB"
+        )
+
+    def figure(self) -> Figure:
+        """What is shown, for places without a kernel."""
+        row = self.rows.loc[self.network.value]
+        found = {
+            f"{which}: {row[which]}\n{row[f'{which}_gain']:+.2f} dB": windows(
+                row["name"], row.scale, row[which], self.side.value
+            )
+            for which in ("best", "worst")
+        }
+        return crop_rows(found, ("bicubic", row["name"], "original"), side=2.6)
+
+
+def extremes_panel(rows: pd.DataFrame) -> ExtremesPanel:
+    """A chooser of a network over windows into its best and worst photo: :func:`nbhelpers.scoreboard.extremes`."""
+    return ExtremesPanel(rows)

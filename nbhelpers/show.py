@@ -229,12 +229,45 @@ def kernel_matrices(kernels: Mapping[str, Tensor], title: str | None = None) -> 
         matrix.set_xticks(range(0, columns + 1, max(1, len(kernel[0]) // 16) * kernel[0, 0].numel()), [])
         matrix.set_yticks([])
         channels = kernel.square().sum((0, 2, 3)).sqrt()
-        bars.bar([i + 0.5 for i in range(len(channels))], channels.tolist(), width=0.9, color=COLOURS[0])
+        if len(channels) > 100:  # gaps of less than a pixel would come and go
+            bars.stairs(channels.tolist(), fill=True, color=COLOURS[0])
+        else:
+            bars.bar([i + 0.5 for i in range(len(channels))], channels.tolist(), width=0.9, color=COLOURS[0])
         bars.set(xlim=(0, len(channels)), ylim=(0, None))
         bars.tick_params(labelsize=7)
     axes[-1].set_xlabel("input channel (each is a group of neighbouring columns)", fontsize=8)
     if title:
         fig.suptitle(title, fontsize=11)
+    return fig
+
+
+def confusion(tables: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
+    """Which class is taken for which: tables "class answer" next to each other, {title: numbers}, with their numbers.
+
+    Colours show the mistakes alone: the diagonal, which holds the right answers, is grey and does not set the scale.
+    Tables with negative numbers (differences) have 0 in the middle of theirs: blue is fewer, red more.
+    """
+    fig, axes = _figure(ncols=len(tables), sharey=True, squeeze=False, figsize=(1 + 3.9 * len(tables), 4.3))
+    places = [i + 0.5 for i in range(len(names))]
+    for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
+        values = np.asarray(table, dtype=float)
+        mistakes = np.ma.masked_array(values, np.eye(len(names), dtype=bool))
+        top, signed = float(np.abs(mistakes).max()) or 1.0, bool((values < 0).any())
+        axis.pcolormesh(
+            mistakes, cmap="RdBu_r" if signed else "Blues", vmin=-top if signed else 0, vmax=top, edgecolors="white",
+            linewidth=0.5,
+        )  # fmt: skip
+        axis.set_facecolor("0.85")
+        for (row, column), value in np.ndenumerate(values):
+            dark = row != column and abs(value) > 0.6 * top
+            number = f"{value:+.0f}" if signed and round(value) else f"{value:.0f}".replace("-", "")
+            colour = "white" if dark else "black"
+            axis.text(column + 0.5, row + 0.5, number, ha="center", va="center", fontsize=7, color=colour)
+        axis.set(xlim=(0, len(names)), ylim=(len(names), 0), aspect="equal", xlabel="answer")
+        axis.set_xticks(places, names, rotation=45, ha="right", fontsize=8)
+        axis.set_yticks(places, names, fontsize=8)
+        axis.set_title(title, fontsize=10)
+    axes.flat[0].set_ylabel("class")
     return fig
 
 
@@ -349,7 +382,8 @@ def label_points(fig: Figure, axis: object, points: Mapping[str, tuple[float, fl
         for far, angle in itertools.product(range(9, 150, 8), angles):
             dx, dy = far * math.cos(angle), far * math.sin(angle)
             moved = box.translated(point * dx - (box.width if dx < 0 else 0), point * dy)
-            inside = axis.bbox.x0 < moved.x0 and moved.x1 < axis.bbox.x1 and axis.bbox.y0 < moved.y0 < axis.bbox.y1
+            seen = axis.bbox.padded(-3 * point)  # text is a little wider in another resolution
+            inside = seen.x0 < moved.x0 and moved.x1 < seen.x1 and seen.y0 < moved.y0 < seen.y1
             if inside and not moved.count_overlaps(taken):
                 break
         taken.append(moved)

@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 SCRIPT = Path(__file__).parent / "static" / "table.js"
 STYLE = """
@@ -22,16 +23,23 @@ class SortableTable:
     """Rows as an HTML table: click a heading to sort, type words to filter; no kernel is needed for either.
 
     ``rows`` share the first one's keys. ``formats`` gives numbers a form, {column: ",.0f"}; a missing number (None,
-    NaN) stays empty and is sorted last. Without scripts, as on GitHub, the table just stands there. Raises ValueError
-    for no rows and for a format without a column.
+    NaN) stays empty and is sorted last. ``links`` makes texts lead to a page, {column: "folder/{}.ipynb"}. Without
+    scripts, as on GitHub, the table just stands there. Raises ValueError for no rows, and for a format or a link
+    without a column.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, object]], formats: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, object]],
+        formats: Mapping[str, str] | None = None,
+        links: Mapping[str, str] | None = None,
+    ):
         if not rows:
             raise ValueError("a table needs at least one row")
-        self.rows, self.formats = list(rows), dict(formats or {})
-        if unknown := sorted(set(self.formats) - set(self.rows[0])):
-            raise ValueError(f"formats for {unknown}, but the columns are {list(self.rows[0])}")
+        self.rows, self.formats, self.links = list(rows), dict(formats or {}), dict(links or {})
+        for what, named in (("formats", self.formats), ("links", self.links)):
+            if unknown := sorted(set(named) - set(self.rows[0])):
+                raise ValueError(f"{what} for {unknown}, but the columns are {list(self.rows[0])}")
 
     def __repr__(self) -> str:
         return f"Table of {len(self.rows)} rows: {', '.join(self.rows[0])}"
@@ -41,7 +49,10 @@ class SortableTable:
             return '<td data-value=""></td>'
         if isinstance(value, int | float):
             return f'<td data-value="{value}">{value:{self.formats.get(column, "")}}</td>'
-        return f"<td>{html.escape(str(value))}</td>"
+        text = html.escape(str(value))
+        if text and column in self.links:
+            return f'<td><a href="{html.escape(self.links[column].format(quote(str(value))))}">{text}</a></td>'
+        return f"<td>{text}</td>"
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{html.escape(column)}</th>" for column in self.rows[0])

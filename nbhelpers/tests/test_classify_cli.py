@@ -15,7 +15,7 @@ from PIL import Image
 
 from nbhelpers import checkpoints, classify, models, runtime
 from nbhelpers.__main__ import main
-from nbhelpers.classify_cli import COLUMNS, evaluate, grid, infer, sweep
+from nbhelpers.classify_cli import COLUMNS, MISTAKES, evaluate, grid, infer, sweep
 from nbhelpers.datasets.small_pictures import fit_picture
 from nbhelpers.experiments import TrainingError
 from nbhelpers.studies import read
@@ -130,6 +130,33 @@ def test_evaluation_is_the_cards(home, capsys):
     assert all(round(found[key], 4) == metrics[f"test_{key}"] for key in ("accuracy", "roc_auc", "loss"))
     assert main(["classify", "evaluate", "mine"]) == 0
     assert f"accuracy {metrics['test_accuracy']:.2%}" in capsys.readouterr().out
+
+
+def test_mistakes_are_listed_the_surest_first(home, tmp_path, capsys):
+    out = tmp_path / "mistakes.csv"
+    # Labels that are one too high: what the network gets right becomes a mistake, and the other way round.
+    arrays = dict(np.load(home / "mine.npz"))
+    np.savez(tmp_path / "other.npz", **arrays | {"y_test": (arrays["y_test"] + 1) % 3})
+    assert main(["classify", "evaluate", "mine", "--data", str(tmp_path / "other.npz"), "--mistakes", str(out)]) == 0
+    rows = table(out)
+    assert tuple(rows[0]) == MISTAKES and 40 < len(rows) <= 45
+    assert f"accuracy {1 - len(rows) / 45:.2%}" in capsys.readouterr().out
+    assert all(row["answer"] != row["class"] for row in rows)
+    logits = classify.predict(checkpoints.load("mine"), COLLECTION.test.images)
+    for row in rows:
+        i = int(row["picture"])
+        assert row["class"] == COLOURS[(COLLECTION.test.labels[i] + 1) % 3]
+        assert row["answer"] == COLOURS[logits[i].argmax()]
+        assert float(row["probability"]) == pytest.approx(float(logits[i].softmax(0).max()), abs=1e-4)
+    chances = [float(row["probability"]) for row in rows]
+    assert chances == sorted(chances, reverse=True) and len({row["picture"] for row in rows}) == len(rows)
+
+
+def test_no_mistakes_leave_a_table_without_rows(tmp_path):
+    (tmp_path / "red").mkdir()
+    Image.fromarray(np.full((20, 20, 3), (220, 50, 50), np.uint8)).save(tmp_path / "red" / "1.png")
+    evaluate("mine", str(tmp_path), mistakes=tmp_path / "none.csv")
+    assert (tmp_path / "none.csv").read_text() == ",".join(MISTAKES) + "\n"
 
 
 def test_a_folder_of_classes_is_all_test(home, tmp_path, capsys):

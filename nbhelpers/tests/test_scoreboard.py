@@ -16,13 +16,13 @@ from nbhelpers.studies import scoreboard as study
 
 def rows() -> pd.DataFrame:
     """A made-up table: three of ours, one published, bicubic."""
-    values = {  # psnr_y, ssim_y, lpips, parameters, flops, ms, ms_fp32, memory, any_scale
-        ("bicubic", 4, BICUBIC): (28.0, 0.80, 0.29, math.nan, 150, 1, 2, 1, False),
-        ("small", 4, OURS): (29.0, 0.82, 0.20, 1000, 2000, 20, 40, 5, False),
-        ("twin", 4, OURS): (29.5, 0.83, 0.16, 1000, 2000, 21, 41, 5, False),
-        ("large", 4, OURS): (31.0, 0.88, 0.21, 9000, 9000, 90, 200, 50, True),
-        ("far", 4, THEIRS): (32.0, math.nan, 0.15, 5000, math.nan, math.nan, math.nan, math.nan, False),
-        ("other", 2, OURS): (36.0, 0.95, 0.05, 3000, 5000, 50, 100, 20, False),
+    values = {  # psnr_y, ssim_y, lpips, parameters, flops, ms, ms_fp32, memory, file, any_scale
+        ("bicubic", 4, BICUBIC): (28.0, 0.80, 0.29, math.nan, 150, 1, 2, 1, math.nan, False),
+        ("small", 4, OURS): (29.0, 0.82, 0.20, 1000, 2000, 20, 40, 5, 2, False),
+        ("twin", 4, OURS): (29.5, 0.83, 0.16, 1000, 2000, 21, 41, 5, 2, False),
+        ("large", 4, OURS): (31.0, 0.88, 0.21, 9000, 9000, 90, 200, 50, 18, True),
+        ("far", 4, THEIRS): (32.0, math.nan, 0.15, 5000, *[math.nan] * 5, False),
+        ("other", 2, OURS): (36.0, 0.95, 0.05, 3000, 5000, 50, 100, 20, 6, False),
     }  # fmt: skip
     keys = ["name", "scale", "kind", *AXES, "any_scale"]
     return pd.DataFrame([dict(zip(keys, (*who, *numbers), strict=True)) for who, numbers in values.items()])
@@ -57,6 +57,7 @@ def test_table_joins_scores_costs_cards_and_published(folder):
     ours = table.loc["espcn_x4", 4]
     assert (ours.kind, ours.psnr_y, ours.parameters) == (OURS, 30.0, checkpoints.card("espcn_x4")["parameters"])
     assert (ours.flops, ours.ms, ours.ms_fp32, ours.memory) == (2.0, 25.0, 50.0, 50.0)
+    assert ours.file == (runtime.CHECKPOINTS / "espcn_x4.safetensors").stat().st_size / 1e3
     assert table.loc["bicubic", 4].kind == BICUBIC and math.isnan(table.loc["bicubic", 4].parameters)
     waiting = table.loc["m23_rlfn_x4", 4]
     assert math.isnan(waiting.psnr_y) and waiting.ms == 25.0
@@ -93,7 +94,7 @@ def test_choices_follow_the_numbers():
     # 20 and 21 ms are equal within the clock's tolerance: the higher PSNR decides.
     assert named == ["large", "twin", "twin", "twin", "twin", "twin", "twin", "large"]
     assert choices["closest to the original, pixel by pixel"]["because"].endswith("31.00; next twin, 29.50")
-    assert choices["fewest parameters"]["because"] == "parameters: 1,000; next large, 9,000"
+    assert choices["smallest file"]["because"] == "file (kB): 2; next large, 18"
     none = scoreboard.choose(at(), "any", "psnr_y", at().ms < 1)
     assert none == {"need": "any", "network": "none", "because": "no committed network fits"}
 
@@ -102,12 +103,15 @@ def test_damaged_photos_have_a_table_of_their_own(tmp_path):
     assert "study damaged" in scoreboard.for_damaged(tmp_path)["because"]
     found = [("bicubic", "real_esrgan", 0.1), ("a", "real_esrgan", 0.4), ("b", "real_esrgan", 0.3), ("a", "clean", 0.2)]
     table = [
-        {"model": m, "set": s, "image": i, "psnr_y": 20.0, "ssim_y": 0.5, "psnr_rgb": 20.0, "lpips": v}
+        {"model": m, "set": s, "image": i, "psnr_y": 20.0 + v, "ssim_y": 0.5, "psnr_rgb": 20.0, "lpips": v}
         for m, s, v in found
         for i in ("bee", "mean")
     ]
     write(tmp_path / damaged.NAME, table)
-    assert scoreboard.for_damaged(tmp_path)["network"] == "b"
+    one = scoreboard.for_damaged(tmp_path)
+    assert one["network"] == "b" and one["need"].endswith("for the eye")
+    assert one["because"] == "LPIPS-Squeeze, damaged validation photos: 0.300; next a, 0.400"  # no word of Set5
+    assert scoreboard.for_damaged(tmp_path, key="psnr_y")["network"] == "a"
 
 
 def test_gains_and_extremes(tmp_path):
@@ -144,6 +148,31 @@ def test_panel_redraws_and_shows_numbers_at_each_point():
         seen.add(panel.image.value)
     assert len(seen) == 5  # without a time, the published network was not on show
     assert "1 more lack" not in panel.status.value
+
+
+@pytest.fixture
+def ends(small_photos, networks):
+    """Best and worst photos of two untrained networks."""
+    rows = [("tiny_x2", 2, "c", "c", 1.0, -1.0), ("tiny_x4", 4, "c", "gone", 2.0, 0.5)]
+    scoreboard_panel._small.cache_clear()
+    yield pd.DataFrame(rows, columns=["name", "scale", "best", "worst", "best_gain", "worst_gain"])
+    scoreboard_panel._small.cache_clear()
+
+
+def test_windows_show_one_place_three_times(ends):
+    pictures = scoreboard_panel.windows("tiny_x2", 2, "c", 32)
+    assert [tuple(p.shape) for p in pictures] == [(3, 32, 32)] * 3
+    assert all(p.min() >= 0 and p.max() <= 1 for p in pictures) and not pictures[0].equal(pictures[2])
+
+
+def test_extremes_panel_redraws_and_tells_problems_in_words(ends):
+    panel = scoreboard_panel.extremes_panel(ends)
+    before = panel.image.value
+    assert "tiny_x2 ×2: best c +1.00 dB, worst c -1.00 dB" in panel.status.value and before
+    panel.side.value = 32
+    assert panel.image.value not in (before, b"")
+    panel.network.value = 1
+    assert panel.image.value == b"" and "gone.png" in panel.status.value
 
 
 def test_panel_tells_in_words_that_there_is_nothing():

@@ -103,3 +103,17 @@ def test_the_window_is_where_two_pictures_differ_most():
     assert at == show.window(b, a, original, side=24) == (slice(None), slice(40, 64), slice(64, 88))
     with pytest.raises(ValueError, match="a window of 96 pixels does not fit into 90x120"):
         show.window(a, b, original, side=96)
+
+
+def test_confusion_shows_all_numbers_and_scales_by_the_mistakes():
+    counts = torch.tensor([[90, 10], [4, 96]])
+    change = torch.tensor([[-5.0, 5.0], [0.2, -0.2]])
+    fig = show.confusion({"counts": counts, "change": change}, ["cat", "dog"])
+    left, right = fig.axes
+    assert [t.get_text() for t in left.texts] == ["90", "10", "4", "96"]
+    assert [t.get_text() for t in right.texts] == ["-5", "+5", "0", "0"]
+    assert left.collections[0].get_clim() == (0, 10) and right.collections[0].get_clim() == (-5, 5)
+    assert left.collections[0].get_array().mask.tolist() == [[True, False], [False, True]]
+    assert [t.get_text() for t in left.get_yticklabels()] == ["cat", "dog"]
+    assert not left.images  # a plot, stored as PNG
+    assert show.confusion({"all right": 100 * torch.eye(2)}, ["cat", "dog"]).axes[0].collections[0].get_clim() == (0, 1)

@@ -28,3 +28,12 @@ def test_wrong_arguments_are_quoted():
         SortableTable([])
     with pytest.raises(ValueError, match=r"formats for \['Size'\]"):
         SortableTable(ROWS, {"Size": ","})
+    with pytest.raises(ValueError, match=r"links for \['page'\]"):
+        SortableTable(ROWS, links={"page": "{}"})
+
+
+def test_links_lead_to_a_page_of_their_text():
+    page = SortableTable([{"notebook": "01_a"}, {"notebook": ""}, {"notebook": "<b>"}], links={"notebook": "{}.ipynb"})
+    shown = page._repr_html_()
+    assert '<td><a href="01_a.ipynb">01_a</a></td>' in shown and "<td></td>" in shown
+    assert '<td><a href="%3Cb%3E.ipynb">&lt;b&gt;</a></td>' in shown

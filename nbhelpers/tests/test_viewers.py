@@ -113,3 +113,9 @@ def test_kernel_figure_shows_matrix_and_channels():
     # Of 72 columns the last 16 are used, each of length 1: channels 6 (all but two taps) and 7.
     assert heights[:6] == [0] * 6 and heights[6:] == pytest.approx([7**0.5, 3.0], abs=1e-5)
     assert empty.images[0].get_clim() == matrix.images[0].get_clim()
+
+
+def test_many_channels_leave_no_gaps_between_their_bars():
+    fig = show.kernel_matrices({"wide": torch.ones(2, 200, 1, 1)})
+    assert len(fig.axes[1].patches) == 1  # one outline; 200 bars would leave gaps of half a pixel
+    assert len(show.kernel_matrices({"narrow": torch.ones(2, 20, 1, 1)}).axes[1].patches) == 20
