@@ -145,7 +145,10 @@ def interval_panels(
     panels: Mapping[str, Mapping[str, tuple[float, float]]], title: str | None = None, reference: str | None = None
 ) -> Figure:
     """:func:`intervals` of several quantities beside each other, {x label: rows}; all have the same rows."""
-    n, rows = len(panels), len(next(iter(panels.values())))
+    n, names = len(panels), list(next(iter(panels.values())))
+    rows, ticks = len(names), 9 if len(panels) == 1 else 4
+    if max(map(len, names)) > 35:  # long names leave little room for the axis
+        ticks = min(ticks, 5)
     fig, axes = _figure(
         ncols=n, sharey=True, squeeze=False, figsize=(6.4 if n == 1 else 1.9 + 2.6 * n, 0.42 * rows + 1.1)
     )
@@ -156,10 +159,10 @@ def interval_panels(
         if reference:
             axis.axvline(values[reference][0], color=COLOURS[1], linewidth=1, linestyle="--")
         axis.set_xlabel(xlabel)
-        axis.locator_params(axis="x", nbins=9 if n == 1 else 4)
+        axis.locator_params(axis="x", nbins=ticks)
         axis.grid(axis="x", alpha=0.3)
     first = axes.flat[0]
-    first.set_yticks(range(rows), list(next(iter(panels.values()))))
+    first.set_yticks(range(rows), names)
     first.set_ylim(rows - 0.5, -0.5)  # the first row on top, none on the frame
     if title and n == 1:
         first.set_title(title, fontsize=11)

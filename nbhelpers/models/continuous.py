@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -304,7 +305,8 @@ def _all(size: tuple[int, int]) -> tuple[slice, slice]:
 
 def _checked_scale(scale: float | Sequence[float]) -> float | tuple[float, float]:
     numbers = tuple(scale) if isinstance(scale, Sequence) else (scale,)
-    right = all(isinstance(s, int | float) and math.isfinite(s) and s > 0 for s in numbers)
+    right = all(isinstance(s, Real) and math.isfinite(s) and s > 0 for s in numbers)
     if not right or len(numbers) > 2 or isinstance(scale, str) or not numbers:
         raise ValueError(f"scale {scale!r} must be a number above 0, or two of them for height and width")
+    numbers = tuple(int(s) if isinstance(s, Integral) else float(s) for s in numbers)  # NumPy's numbers count, too
     return numbers[0] if len(set(numbers)) == 1 else numbers

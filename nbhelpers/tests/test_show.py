@@ -31,6 +31,18 @@ def test_panels_of_intervals_share_their_rows_and_keep_their_scales():
     assert show.intervals(ROWS, "dB").axes[0].get_xlabel() == "dB"
 
 
+def test_long_names_leave_room_between_the_numbers_below():
+    """The numbers must not run together where names take half of the figure's width."""
+    rows = {f"lean, local attention, half the blocks ({i} K, 152 MMAC)": (i / 10 - 0.4, 0.02) for i in range(8)}
+    fig = show.intervals(rows, "gain in PSNR-Y (dB), paired, ± 95 %")
+    fig.draw_without_rendering()
+    low, high = fig.axes[0].get_xlim()
+    shown = [t for t in fig.axes[0].get_xticklabels() if low <= t.get_position()[0] <= high]
+    boxes = [label.get_window_extent() for label in shown]
+    assert len(boxes) >= 3
+    assert all(b.x0 - a.x1 > 0.5 * fig.dpi / 72 * shown[0].get_size() for a, b in itertools.pairwise(boxes))
+
+
 def test_maps_share_a_symmetric_scale_and_cover_their_picture():
     pictures = torch.rand(2, 3, 16, 24)
     maps = (torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.5, 0.0]]), torch.full((2, 3), 5.0))
