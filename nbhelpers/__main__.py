@@ -66,11 +66,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     for message in result["skipped"]:
         print(f"skipped: {message}", file=sys.stderr)
     if args.json:
-        keys = ("model", "scale", "protocol", "images", "mean")
+        keys = ("model", "scale", "protocol", "images", "mean", "skipped")
         print(json.dumps({k: _finite(result[k]) for k in keys}, ensure_ascii=False))
-        return 0
-    _print_evaluation(result, not args.no_lpips)
-    return 0
+    else:
+        _print_evaluation(result, not args.no_lpips)
+    return 1 if result["skipped"] else 0
 
 
 def _finite(value: object) -> object:
@@ -117,12 +117,12 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(cards, ensure_ascii=False))
         return 0
-    print(f"{'name':<24}{'architecture':<16}{'scale':>6}{'parameters':>12}{'val PSNR-Y':>12}")
+    print(f"{'name':<28}{'architecture':<16}{'scale':>6}{'parameters':>12}{'val PSNR-Y':>12}")
     for c in cards:
         score = c.get("metrics", {}).get("val_psnr_y")
         text = "–" if score is None else f"{score:.2f}"
         scale = "–".join(f"{s:g}" for s in c["scales"]) if "scales" in c else c.get("scale", "–")
-        print(f"{c['name']:<24}{c['arch']:<16}{scale:>6}{c['parameters']:>12,}{text:>12}")
+        print(f"{c['name']:<28}{c['arch']:<16}{scale:>6}{c['parameters']:>12,}{text:>12}")
     return 0
 
 

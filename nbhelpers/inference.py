@@ -347,7 +347,8 @@ def _pair(hr_path: Path, lr_dir: Path | None, scale: float) -> tuple[Tensor, Ten
     lr = load_image(find_lr(lr_dir, hr_path, scale))
     want = (round(hr.shape[-2] / scale), round(hr.shape[-1] / scale))
     if tuple(lr.shape[-2:]) != want:
-        raise ImageError(hr_path, f"its LR picture is {tuple(lr.shape[-2:])}, scale {scale} needs {want}")
+        h, w = lr.shape[-2:]
+        raise ImageError(hr_path, f"its LR picture has {w} x {h} pixels, scale {scale} needs {want[1]} x {want[0]}")
     return lr, hr
 
 

@@ -239,8 +239,10 @@ def narrower(info: Mapping[str, object], ratio: float, multiple: int = 8) -> tup
     where that leaves none or removes none, or the class has no width; ValueError for a ratio outside 0 < ratio < 1 and
     a multiple below 1.
     """
-    if not 0 < ratio < 1 or multiple < 1:
-        raise ValueError(f"ratio {ratio} must lie between 0 and 1, and multiple {multiple} be at least 1")
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio {ratio} must lie between 0 and 1")
+    if multiple < 1:
+        raise ValueError(f"multiple {multiple} must be at least 1")
     parameters = inspect.signature(models.REGISTRY[info["arch"]]).parameters
     name = next((w for w in WIDTHS if w in parameters), None)
     if name is None:
@@ -323,8 +325,10 @@ def prune(
         raise PruningError(f"{str(model)!r} is a {info['kind']}, not an upscaler; choose one from `list`")
     checkpoints.load(model)  # first: a damaged file or card is told as such
     arguments, _, _ = narrower(info, ratio, multiple)
-    if steps < 0 or Path(name).name != name:
-        raise ValueError(f"steps {steps} must be at least 0, and the new name {name!r} no path")
+    if steps < 0:
+        raise ValueError(f"steps {steps} must be at least 0")
+    if Path(name).name != name:
+        raise ValueError(f"the new name {name!r} must not be a path")
     changes = {"name": name, "init_from": str(model), "model": arguments, "prune": {"importance": importance}}
     if steps:
         from .training import train

@@ -126,7 +126,8 @@ def curves(
         axis.set_ylabel(labels.get(key, key))
         if key in log:
             axis.set_yscale("log")
-        axis.locator_params(axis="x", nbins=6)  # numbers of five digits do not touch
+        if not isinstance(xs[0], str):
+            axis.locator_params(axis="x", nbins=6)  # numbers of five digits do not touch
         axis.grid(alpha=0.3)
     if len(histories) > 1:
         axes.flat[-1].legend(fontsize=8)

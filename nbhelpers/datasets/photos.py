@@ -40,7 +40,10 @@ def resolve_root(root: str | Path) -> Path:
     if root == "train_large":
         pack = runtime.shared()
         if pack is None:
-            raise DataError("the photo pack 'train_large' is not on this machine; use data.roots=[bundled]")
+            raise DataError(
+                "the photo pack 'train_large' is not on this machine; use data.roots=[bundled] "
+                '(prune: --set "data.roots=[bundled]")'
+            )
         return pack / "data" / "train_large" / "photos"
     if root in NAMED:
         from .download import fetch

@@ -86,15 +86,16 @@ def test_list(tiny, tmp_path, capsys):
 def test_evaluate_json_is_one_object_and_nothing_else(tiny, photos, capsys, model):
     damaged(photos)
     arguments = ["evaluate", "--model", model, "--hr", str(photos), "--scale", "2", "--json"]
-    assert main(arguments) == 0
+    assert main(arguments) == 1, "some pictures were skipped"
     out = capsys.readouterr()
     result = json.loads(out.out)
     assert out.out.count("\n") == 1
-    assert list(result) == ["model", "scale", "protocol", "images", "mean"]
+    assert list(result) == ["model", "scale", "protocol", "images", "mean", "skipped"]
     assert (result["model"], result["scale"]) == (model, 2) and "MATLAB" in result["protocol"]
     assert list(result["images"]) == ["a.png", "b.png"]
     assert set(result["mean"]) == {"psnr_y", "ssim_y", "psnr_rgb", "lpips"} == set(result["images"]["a.png"])
     assert result["mean"]["psnr_y"] > 5
+    assert len(result["skipped"]) == 2
     assert out.err.count("skipped: ") == 2 and "bad.png" in out.err
 
 

@@ -181,7 +181,7 @@ def test_without_training(photos, capsys):
         (["--ratio", "0.9"], "ratio 0.9 leaves no channel of 12 in multiples of 8"),
         (["--ratio", "0.01", "--multiple", "4"], "ratio 0.01 removes no channel of 12"),
         (["--steps", "-1"], "steps -1 must be at least 0"),
-        (["-o", "a/new"], "the new name 'a/new' no path"),
+        (["-o", "a/new"], "the new name 'a/new' must not be a path"),
         (["--set", "data.bach=3"], "--set data.bach=3: .*bach"),
         (["--set", "data.roots=[nowhere]"], "no folder .*nowhere"),
     ],
