@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -348,15 +347,6 @@ def test_upscale_takes_a_scale_or_a_size():
     ):
         with pytest.raises(ValueError, match=quoted):
             call()
-
-
-@pytest.mark.parametrize(("scale", "plain"), [(np.int64(2), 2), (np.float32(2.5), 2.5), ((np.int64(2), 3.5), (2, 3.5))])
-def test_a_scale_may_be_a_number_of_numpy(scale, plain):
-    model = network()
-    view = inference.get_model(model, scale)
-    assert view.scale == plain and repr(view.scale) == repr(plain)
-    x = torch.rand(3, 7, 11)
-    assert torch.equal(inference.upscale(view, x), inference.upscale(model.at(plain), x))
 
 
 def test_another_encoders_checkpoint_is_refused(tmp_path):

@@ -155,3 +155,12 @@ def test_the_explorer_has_a_slider_for_networks_for_any_scale(tmp_path, monkeypa
     explorer.network.value = "twice"
     assert explorer.scale.layout.display == "none" and explorer.result.scale == 2
     checkpoints.cached.cache_clear()
+
+
+@pytest.mark.parametrize(("scale", "plain"), [(np.int64(2), 2), (np.float32(2.5), 2.5), ((np.int64(2), 3.5), (2, 3.5))])
+def test_a_scale_may_be_a_number_of_numpy(scale, plain):
+    model = network()
+    view = inference.get_model(model, scale)
+    assert view.scale == plain and repr(view.scale) == repr(plain)
+    x = torch.rand(3, 7, 11)
+    assert torch.equal(inference.upscale(view, x), inference.upscale(model.at(plain), x))
