@@ -66,7 +66,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     for message in result["skipped"]:
         print(f"skipped: {message}", file=sys.stderr)
     if args.json:
-        keys = ("model", "scale", "protocol", "images", "mean", "skipped")
+        keys = ("model", "scale", "protocol", "images", "mean", "skipped", "notes")
         print(json.dumps({k: _finite(result[k]) for k in keys}, ensure_ascii=False))
     else:
         _print_evaluation(result, not args.no_lpips)
@@ -81,7 +81,7 @@ def _finite(value: object) -> object:
 
 
 def _print_evaluation(result: dict, lpips: bool) -> None:
-    from .metrics import LPIPS_MISSING, NAMES, lpips_available
+    from .metrics import NAMES
 
     keys = [k for k in result["mean"] if lpips or k != "lpips"]
     width = max(len(n) for n in [*result["images"], "mean"])
@@ -89,9 +89,7 @@ def _print_evaluation(result: dict, lpips: bool) -> None:
     for name, row in [*result["images"].items(), ("mean", result["mean"])]:
         cells = ["–" if row[k] is None else f"{row[k]:.2f}" if "psnr" in k else f"{row[k]:.4f}" for k in keys]
         print(name.ljust(width) + "".join(f"{c:>16}" for c in cells))
-    print(result["protocol"])
-    if lpips and not lpips_available():
-        print(f"LPIPS {LPIPS_MISSING}")
+    print(result["protocol"], *result["notes"], sep="\n")
 
 
 def _upscale(args: argparse.Namespace) -> int:

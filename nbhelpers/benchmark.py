@@ -315,7 +315,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_rows(result: dict) -> None:
-    print(f"\ninput {result['size']}, median of {result['repeats']} in turns (quartiles); speedup per output pixel")
+    print(f"\ninput {result['size']}, median of {result['repeats']} in turns (quartiles)")
+    print("speedup: per output pixel, over the same form of the first network")
     titles = ("ms", "quartiles", "ms/Mpixel", "GFLOP/s", "peak MB", "speedup")
     last = None
     for row in result["rows"]:

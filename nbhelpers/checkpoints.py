@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -49,7 +50,10 @@ def _paths(name: str | Path, folder: Path | None) -> tuple[Path, Path]:
     given = Path(name)
     weights = given if given.suffix in SUFFIXES else _folder(folder) / f"{name}.safetensors"
     if not weights.is_file():
-        raise CheckpointError(f"no network {str(name)!r}; there are {available(folder)}")
+        names = available(folder, None)
+        near = get_close_matches(given.stem, names)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {names}"
+        raise CheckpointError(f"no network {str(name)!r}; {hint}")
     return weights, weights.with_suffix(".json")
 
 

@@ -30,8 +30,7 @@ from .images import (
     to_tensor,
     to_uint8,
 )
-from .layers import BicubicUpsample
-from .models.continuous import MOST_PIXELS, AnyBicubic
+from .models.continuous import MOST_PIXELS, AnyBicubic, Bicubic
 from .models.sampling import check_size, span
 
 AUTO_TILE = 384  # input pixels; pictures above 4 such tiles are cut, smaller ones where memory asks for it
@@ -41,20 +40,6 @@ PROBE = 32  # side of the picture that shows how much memory a network takes; up
 LEAST_AREA = 96**2
 GLOBAL_OVERLAP = 32  # for networks without a finite receptive field; tiles then differ slightly from the whole
 EVALUATED = ("psnr_y", "ssim_y", "psnr_rgb", "lpips")
-
-
-class Bicubic(nn.Module):
-    """The baseline as a network, so that every tool takes it under the name ``bicubic``."""
-
-    halo = 2
-
-    def __init__(self, scale: int):
-        super().__init__()
-        self.scale = scale
-        self.resize = BicubicUpsample(scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resize(x)
 
 
 def get_model(model: str | Path | nn.Module, scale: float | None = None) -> nn.Module:
@@ -337,19 +322,20 @@ def upscale_files(
     return report
 
 
-def _pair(hr_path: Path, lr_dir: Path | None, scale: float) -> tuple[Tensor, Tensor]:
-    hr = load_image(hr_path)
+def _pair(hr_path: Path, lr_dir: Path | None, scale: float) -> tuple[Tensor, Tensor, bool]:
+    """LR, HR, and whether HR had to be cut."""
+    whole = hr = load_image(hr_path)
     if min(hr.shape[-2:]) < 3 * scale:
         raise ImageError(hr_path, f"{hr.shape[-2]}x{hr.shape[-1]} pixels leave nothing inside the border at x{scale}")
     hr = crop_to_multiple(hr, scale)
     if lr_dir is None:
-        return downscale(hr, scale), hr
+        return downscale(hr, scale), hr, hr.shape != whole.shape
     lr = load_image(find_lr(lr_dir, hr_path, scale))
     want = (round(hr.shape[-2] / scale), round(hr.shape[-1] / scale))
     if tuple(lr.shape[-2:]) != want:
         h, w = lr.shape[-2:]
         raise ImageError(hr_path, f"its LR picture has {w} x {h} pixels, scale {scale} needs {want[1]} x {want[0]}")
-    return lr, hr
+    return lr, hr, hr.shape != whole.shape
 
 
 def evaluate(
@@ -366,8 +352,9 @@ def evaluate(
 
     ``lr`` holds the matching small pictures (same name or stem); without it they are made by the protocol's
     downscaler. Returns {"model", "scale", "protocol", "images": {name: {metric}}, "mean": {metric}, "skipped"};
-    names are relative to ``hr``. Unreadable pictures are skipped and reported.
-    LPIPS is None where its weights are missing. Raises FileNotFoundError, ValueError, ImageError.
+    names are relative to ``hr``. Unreadable pictures are skipped and reported; "notes" tells of originals cut to sizes
+    that the scale divides and of missing LPIPS weights (its values are None). Raises FileNotFoundError, ValueError,
+    ImageError.
     """
     network = get_model(model, scale)
     s, root = network.scale, Path(hr)
@@ -376,16 +363,17 @@ def evaluate(
         raise FileNotFoundError(f"no pictures in {hr}")
     if lr is not None and not Path(lr).is_dir():
         raise FileNotFoundError(f"no such folder: {lr}")
-    images, skipped = {}, []
+    images, skipped, cropped = {}, [], []
     for path in tqdm(paths, desc="evaluating", unit="picture", disable=not progress):
         inner = path.relative_to(root) if root.is_dir() else Path(path.name)
         try:
-            small, big = _pair(path, (Path(lr) / inner).parent if lr is not None else None, s)
+            small, big, cut = _pair(path, (Path(lr) / inner).parent if lr is not None else None, s)
         except ImageError as error:
             skipped.append(str(error))
             continue
         row = metrics.compare(upscale(network, small, **options), big, s, lpips=lpips)
         images[inner.as_posix()] = {key: row[key] for key in EVALUATED}
+        cropped += [inner.as_posix()] if cut else []
     if not images:
         raise ImageError(hr, f"none of {len(paths)} pictures could be read; first: {skipped[0]}")
     name = str(model) if not isinstance(model, nn.Module) else type(model).__name__
@@ -397,4 +385,11 @@ def evaluate(
         "images": images,
         "mean": metrics.mean(list(images.values())),
         "skipped": skipped,
+        "notes": _notes(cropped, s, lpips),
     }
+
+
+def _notes(cropped: list[str], scale: float, lpips: bool) -> list[str]:
+    cut = f"cut to a size that x{scale:g} divides: {', '.join(cropped)}"
+    missing = lpips and not metrics.lpips_available()
+    return [cut] * bool(cropped) + [f"LPIPS {metrics.LPIPS_MISSING}"] * missing

@@ -347,7 +347,9 @@ def prune(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``python -m nbhelpers prune``."""
     parser.add_argument("model", metavar="MODEL", help="name from `list`, or a .safetensors file with its card")
-    parser.add_argument("-o", "--output", required=True, metavar="NAME", help="name of the new network")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="NAME", help="name of the new network in data/checkpoints"
+    )
     text = "share of the width to take away (default: %(default)s)"
     parser.add_argument("--ratio", type=float, default=0.3, help=text)
     text = "round the new width to a multiple of this; processors like 8 or 16 (default: %(default)s)"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import degrade, runtime, show
 from .claims import VERDICTS
+from .cost_figures import label_points
 from .images import load_image, to_uint8
 from .inference import get_model, upscale
 from .panel import Panel, picture_view
@@ -88,7 +89,7 @@ def chart(rows: pd.DataFrame, x: str = "parameters", y: str = "psnr_y", lit: str
     axis.margins(0.12, 0.1)
     _legend(axis, points, "")
     named = {label(row, several): (row[x], row[y]) for _, row in points.iterrows()}
-    show.label_points(fig, axis, named, 7 if len(named) > 16 else 8)
+    label_points(fig, axis, named, 7 if len(named) > 16 else 8)
     return fig
 
 

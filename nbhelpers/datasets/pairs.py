@@ -139,7 +139,7 @@ class PhotoPairs(Pairs):
             more = "" if crop == patch else f" and {MARGIN} more for the degradation"
             raise DataError(
                 f"none of {len(photos)} photos has {crop * scale} pixels on both sides, which patch={patch}{more} at "
-                f"scale {scale} needs; choose a smaller data.patch or larger photos"
+                f"scale {scale} needs; take larger photos, or in training a smaller data.patch"
             )
         if small is not None:
             small = [p for p, fit in zip(small, fits, strict=True) if fit]

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
+from ..layers import BicubicUpsample
 from . import sampling
 from .encoders import build_encoder
 
@@ -66,8 +67,22 @@ class AnyScale(nn.Module):
         return self.at_grid(x, axes, (size[0] / whole[0], size[1] / whole[1]))
 
 
+class Bicubic(nn.Module):
+    """The baseline as a network, so that every tool takes it under the name ``bicubic``."""
+
+    halo = 2
+
+    def __init__(self, scale: int):
+        super().__init__()
+        self.scale = scale
+        self.resize = BicubicUpsample(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resize(x)
+
+
 class AnyBicubic(AnyScale):
-    """Bicubic enlargement by any scale; at whole ones :class:`nbhelpers.layers.BicubicUpsample` is faster."""
+    """Bicubic enlargement by any scale; at whole ones :class:`Bicubic` is faster."""
 
     halo = 2
 

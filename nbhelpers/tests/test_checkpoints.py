@@ -72,6 +72,8 @@ def test_unknown_name_lists_what_there_is(folder):
     for call in (checkpoints.load, checkpoints.card, checkpoints.history):
         with pytest.raises(CheckpointError, match=r"no network 'espcn_x9'; there are \['net'\]"):
             call("espcn_x9", folder=folder)
+    with pytest.raises(CheckpointError, match=r"no network 'nett'; did you mean net\?"):
+        checkpoints.load("nett", folder=folder)
 
 
 def test_other_architecture_names_tensors_and_shapes(folder):

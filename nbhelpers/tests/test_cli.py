@@ -90,7 +90,7 @@ def test_evaluate_json_is_one_object_and_nothing_else(tiny, photos, capsys, mode
     out = capsys.readouterr()
     result = json.loads(out.out)
     assert out.out.count("\n") == 1
-    assert list(result) == ["model", "scale", "protocol", "images", "mean", "skipped"]
+    assert list(result) == ["model", "scale", "protocol", "images", "mean", "skipped", "notes"]
     assert (result["model"], result["scale"]) == (model, 2) and "MATLAB" in result["protocol"]
     assert list(result["images"]) == ["a.png", "b.png"]
     assert set(result["mean"]) == {"psnr_y", "ssim_y", "psnr_rgb", "lpips"} == set(result["images"]["a.png"])
@@ -110,7 +110,8 @@ def test_evaluate_prints_a_table_with_its_protocol(photos, capsys):
     assert main(["evaluate", "--model", "bicubic", "--hr", str(photos), "--scale", "3", "--no-lpips"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "PSNR-Y (dB)" in lines[0] and lines[3].startswith("mean") and lines[4].startswith("x3; LR: ")
-    assert len(lines) == 5 and "LPIPS-Squeeze" not in lines[0], "what was not asked for takes no room"
+    assert "LPIPS-Squeeze" not in lines[0], "what was not asked for takes no room"
+    assert lines[5:] == ["cut to a size that x3 divides: a.png"]
 
 
 def test_real_process_on_a_file(tmp_path, photos):

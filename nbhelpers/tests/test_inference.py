@@ -290,7 +290,7 @@ def hr(tmp_path):
 
 def test_evaluate_makes_the_small_pictures_by_the_protocol(hr):
     result = evaluate("bicubic", hr, scale=4, lpips=False)
-    assert list(result) == ["model", "scale", "protocol", "images", "mean", "skipped"]
+    assert list(result) == ["model", "scale", "protocol", "images", "mean", "skipped", "notes"]
     assert set(result["images"]) == {"a.png", "b.png", "sub/a.png"}, "equal names in two folders are two pictures"
     original = crop_to_multiple(load_image(hr / "sub" / "a.png"), 4)
     expected = metrics.compare(upscale_bicubic(downscale(original, 4), 4), original, 4, lpips=False)
@@ -300,6 +300,13 @@ def test_evaluate_makes_the_small_pictures_by_the_protocol(hr):
     mean = sum(r["psnr_y"] for r in result["images"].values()) / 3
     assert result["mean"]["psnr_y"] == pytest.approx(mean)
     assert result["protocol"] == metrics.protocol(4, "MATLAB-style bicubic, made here")
+    assert result["notes"] == ["cut to a size that x4 divides: sub/a.png"]
+
+
+def test_evaluate_says_why_there_is_no_lpips(hr, monkeypatch):
+    monkeypatch.setattr(metrics, "lpips_available", lambda: False)
+    notes = evaluate("bicubic", hr / "b.png", scale=2)["notes"]
+    assert len(notes) == 1 and "download lpips" in notes[0]
 
 
 @pytest.mark.parametrize("form", ["{stem}.png", "{stem}x2.png", "{stem}.bmp"])

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
-from nbhelpers import show
+from nbhelpers import cost_figures, show
 
 ROWS = {"reference": (0.0, 0.0), "other": (0.3, 0.1), "one seed": (-0.2, math.nan)}
 
@@ -73,7 +73,7 @@ def test_bars_of_all_parts_and_shares():
     shares = {"flops_share": 0.75, "bytes_share": 0.5, "ms_share": 0.004}
     rest = {key: 1 - value for key, value in shares.items()}
     rows = [{"part": "head", **shares}, {"part": "blocks", **rest}, {"part": "total", **dict.fromkeys(shares, 1.0)}]
-    fig = show.module_bars({"a": rows, "b": rows[1:]}, title="t")
+    fig = cost_figures.module_bars({"a": rows, "b": rows[1:]}, title="t")
     left, right = fig.axes
     assert [t.get_text() for t in left.get_yticklabels()] == ["head", "blocks"] and left.yaxis_inverted()
     assert [[round(bar.get_width(), 3) for bar in bars] for bars in left.containers] == [
@@ -84,7 +84,7 @@ def test_bars_of_all_parts_and_shares():
     assert [t.get_text() for t in right.get_yticklabels()] == ["blocks"] and left.get_ylim() == right.get_ylim()
     assert "< 1 %" in [t.get_text() for t in left.texts], "a part too small for its bar is not nothing"
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["FLOPs", "bytes moved", "milliseconds"]
-    one = show.module_bars({"a": rows}, {"ms_share": "time"})
+    one = cost_figures.module_bars({"a": rows}, {"ms_share": "time"})
     assert len(one.axes) == 1 and len(one.axes[0].containers) == 1
 
 
@@ -92,7 +92,7 @@ def test_bars_of_all_parts_and_shares():
 def test_names_in_the_roofline_cover_neither_each_other_nor_a_point(spread):
     points = {f"network {i}": (20 * (1 + spread * i), 100 / (1 + spread * (i % 3))) for i in range(8)}
     peaks = {"fp32": 257.0, "bf16": 1800.0, "bandwidth": 18.0}
-    fig = show.roofline(points | {"shuffle": (0.0, 5.0)}, peaks, "t")
+    fig = cost_figures.roofline(points | {"shuffle": (0.0, 5.0)}, peaks, "t")
     fig.draw_without_rendering()
     (axis,) = fig.axes
     names = [t for t in axis.texts if t.get_text().startswith("network")]
