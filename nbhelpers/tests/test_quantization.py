@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from nbhelpers import checkpoints, deploy, inference, metrics, models, quantization, runtime
+from nbhelpers import checkpoints, deploy, inference, metrics, models, quantization
 from nbhelpers.__main__ import main
-from nbhelpers.images import save_image
 
 ARGUMENTS = {
     "ESPCN": {"scale": 2, "channels": 32},
@@ -29,17 +28,11 @@ def network(arch: str) -> nn.Module:
 
 
 @pytest.fixture
-def photos(runs, monkeypatch):
-    """Smooth pictures as training and validation photos; the networks by name."""
-    generator = torch.Generator().manual_seed(0)
-    for name in ("train/a", "train/b", "val/c"):
-        small = torch.rand(1, 3, 14, 15, generator=generator)
-        picture = nn.functional.interpolate(small, size=(112, 120), mode="bicubic")[0].clamp(0, 1)
-        save_image(picture, runs / "photos" / f"{name}.png")
-    monkeypatch.setattr(runtime, "PHOTOS", runs / "photos")
+def photos(small_photos):
+    """Those pictures; the networks by name."""
     for arch, arguments in ARGUMENTS.items():
         checkpoints.save(arch, network(arch), arch, arguments, {"scale": arguments["scale"]}, [])
-    return runs
+    return small_photos
 
 
 def types(path) -> dict[str, int]:
