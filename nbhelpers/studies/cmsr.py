@@ -22,8 +22,8 @@ from .lmf_scales import NETWORK
 NAME = "cmsr.csv"
 SCALES = (4, 8, 12)
 CALIBRATED_ON = 8  # training photos: the table must not know the pictures it is measured on
-MSES = (1e-7, 1e-6, 3e-6, 1e-5, 2e-5, 5e-5, 1e-4, 3e-4, 1e-3)  # what levels may lose; the publication takes 2e-5
-THRESHOLDS = (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 1e-1)  # how unlike pixels that share may be
+MSES = (1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 1e-3)  # what levels may lose; the publication takes 2e-5
+THRESHOLDS = (1e-5, 1e-4, 1e-3, 3e-3, 4e-3, 5e-3, 1e-2, 3e-2)  # how unlike pixels that share may be
 REPEATS = 3
 
 
