@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt as stop:
-        print(f"interrupted {stop}".strip(), file=sys.stderr)
+        print(f"interrupted: {stop}".removesuffix(": "), file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141
