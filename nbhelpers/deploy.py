@@ -200,7 +200,7 @@ def write(network: nn.Module, path: Path, info: dict[str, object], name: str, in
 def _write_onnx(
     network: nn.Module, path: Path, info: dict[str, object], name: str, inputs: Inputs, output: str
 ) -> None:
-    logging.getLogger("onnxscript").setLevel(logging.WARNING)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
