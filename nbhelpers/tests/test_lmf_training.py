@@ -229,5 +229,5 @@ def test_settings_that_cannot_work_are_refused_first(runs, override, quoted):
 
 def test_too_small_photos_are_named(runs, tmp_path):
     save_image(torch.rand(3, 50, 50), tmp_path / "a.png")
-    with pytest.raises(training.DataError, match=r"choose a smaller data\.patch or larger photos"):
+    with pytest.raises(training.DataError, match=r"take larger photos, or in training a smaller data\.patch"):
         training.fit(tiny("small", f"data.roots=[{tmp_path}]"))
