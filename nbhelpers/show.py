@@ -127,7 +127,8 @@ def curves(
             axis.locator_params(axis="x", nbins=6)  # numbers of five digits do not touch
         axis.grid(alpha=0.3)
     if len(histories) > 1:
-        axes.flat[-1].legend(fontsize=8)
+        beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if len(histories) > 6 else {}  # covers no line
+        axes.flat[-1].legend(fontsize=8, **beside)
     if title:
         fig.suptitle(title, fontsize=12)
     return fig
@@ -173,14 +174,17 @@ def interval_panels(
 def heat_maps(layers: Mapping[str, tuple[Tensor, Tensor]], label: str, height: float = 3.2) -> Figure:
     """Maps over pictures, next to each other: {title: (picture "3 h w" in [0, 1], map of any "h w")}.
 
-    All maps share one colour scale with 0 in its middle, named ``label``; the picture shows through in grey.
+    All maps share one colour scale, named ``label``: with 0 in its middle, or from 0 up where nothing is negative. The
+    picture shows through in grey.
     """
     fig, axes = new_figure(ncols=len(layers), figsize=(height * len(layers) + 0.6, height + 0.2), squeeze=False)
     most = max(float(values.abs().max()) for _, values in layers.values())
+    signed = any(float(values.min()) < 0 for _, values in layers.values())
+    scale = {"cmap": "PuOr", "vmin": -most} if signed else {"cmap": "Oranges", "vmin": 0}
     for axis, (title, (picture, values)) in zip(axes.flat, layers.items(), strict=True):
         extent = (0, picture.shape[-1], picture.shape[-2], 0)  # a map may be coarser than its picture
         axis.imshow(to_uint8(picture).mean(-1), cmap="gray", extent=extent)
-        drawn = axis.imshow(values, cmap="PuOr", vmin=-most, vmax=most, alpha=0.65, extent=extent)
+        drawn = axis.imshow(values, **scale, vmax=most, alpha=0.65, extent=extent)
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
     fig.colorbar(drawn, ax=axes, label=label, fraction=0.02, pad=0.01)
