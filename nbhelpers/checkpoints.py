@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from . import models, runtime
 from .models.external import SUFFIXES, load_external
@@ -171,12 +171,16 @@ def _load_exported(path: Path) -> nn.Module:
         raise CheckpointError(str(error)) from error
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill ``model`` from a safetensors file; raises CheckpointError naming the first tensors that do not fit."""
+def _read(path: str | Path) -> dict[str, Tensor]:
     try:
-        state = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{Path(path).name} is not a readable safetensors file ({error})") from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill ``model`` from a safetensors file; raises CheckpointError naming the first tensors that do not fit."""
+    state = _read(path)
     own = model.state_dict()
     problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     problems += [
@@ -198,10 +202,10 @@ def copy_matching(model: nn.Module, name: str | Path, folder: Path | None = None
     """Warm start: copy from a trained network every tensor of the same name and shape; returns their names.
 
     A network with an ``encoder`` also takes the tensors that have their names there. Raises CheckpointError when
-    nothing matches.
+    nothing matches, and for a file that cannot be read.
     """
     weights, _ = _paths(name, folder)
-    own, donor = model.state_dict(), load_file(weights)
+    own, donor = model.state_dict(), _read(weights)
     donor = {f"encoder.{k}": v for k, v in donor.items()} | donor
     state = {k: v for k, v in donor.items() if k in own and own[k].shape == v.shape}
     if not state:

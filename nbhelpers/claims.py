@@ -31,6 +31,11 @@ def verdict(expected: str, mean: float, half: float, margin: float) -> str:
     return HOLDS if holds[expected] else FAILS if fails[expected] else UNDECIDED
 
 
+def plainly(claim: str, measured: str, holds: bool) -> Claim:
+    """A claim that needs no interval: it holds or fails."""
+    return claim, measured, HOLDS if holds else FAILS
+
+
 def said(mean: float, half: float, unit: str = "dB", digits: int = 2) -> str:
     """ "+0.12 ± 0.03 dB"."""
     return f"{mean:+.{digits}f} ± {half:.{digits}f} {unit}".rstrip()

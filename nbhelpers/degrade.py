@@ -55,7 +55,7 @@ def resize_bicubic(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def upscale_bicubic(x: Tensor, scale: float) -> Tensor:
-    """Bicubic enlargement of (…, h, w) by ``scale``; the baseline of every table."""
+    """Bicubic enlargement of (3, h, w) or (b, 3, h, w) by ``scale``; the baseline of every table."""
     return resize_bicubic(x, (round(x.shape[-2] * scale), round(x.shape[-1] * scale)))
 
 
@@ -114,7 +114,7 @@ RESIZERS = DOWNSCALERS | {
 
 
 def downscale(x: Tensor, scale: float, method: str = "matlab") -> Tensor:
-    """Shrink (…, h, w) in [0, 1] and round to 8-bit levels, as a stored picture would be.
+    """Shrink (3, h, w) or (b, 3, h, w) in [0, 1] and round to 8-bit levels, as a stored picture would be.
 
     Methods: see ``DOWNSCALERS``; ``matlab`` is the protocol, ``bilinear_antialias`` is the one document 002 uses
     inside training. Raises ValueError for an unknown method or a size that is none of ``crop_to_multiple``'s.

@@ -127,7 +127,8 @@ _lpips_network = functools.lru_cache(maxsize=1)(lpips_network)
 def lpips_squeeze(sr: Tensor, hr: Tensor) -> float | None:
     """LPIPS distance (Zhang et al. 2018, SqueezeNet 1.1; 0 = same) of two pictures (3, h, w) in [0, 1].
 
-    None where the weights are not on this machine; ``LPIPS_MISSING`` is the text to show then.
+    None for pictures below ``LPIPS_SIDE`` pixels, and where the weights are not on this machine; ``LPIPS_MISSING`` is
+    the text to show then.
     """
     if not lpips_available():
         return None

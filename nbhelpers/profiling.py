@@ -46,7 +46,7 @@ def latencies_ms(
         for run, found in zip(runs, times, strict=True):
             start = time.perf_counter()
             run()
-            _wait()
+            runtime.synchronize()
             if i >= warmup:
                 found.append((time.perf_counter() - start) * 1e3)
     return [_latency(found) for found in times]
@@ -55,11 +55,6 @@ def latencies_ms(
 def _latency(found: Sequence[float]) -> Latency:
     low, median, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
     return Latency(median, low, high)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def medians_ms(runs: Sequence[Callable[[], object]], repeats: int, warmup: int = 3) -> list[float]:
@@ -182,17 +177,17 @@ def _times_of_parts(model: nn.Module, x: torch.Tensor) -> Counter[str]:
     began = [0.0]
 
     def enter(_: str) -> None:
-        _wait()
+        runtime.synchronize()
         began[0] = time.perf_counter()
 
     def leave(part: str) -> None:
-        _wait()
+        runtime.synchronize()
         spent[part] += (time.perf_counter() - began[0]) * 1e3
 
     with watching(model, enter, leave):
         start = time.perf_counter()
         model(x)
-        _wait()
+        runtime.synchronize()
         total = (time.perf_counter() - start) * 1e3
     return spent + Counter({"total": total, REST: max(0.0, total - spent.total())})
 
@@ -252,10 +247,10 @@ def machine_peaks(device: torch.device | None = None, side: int = 2048, megabyte
 def _best_seconds(run: Callable[[], object], repeats: int = 6) -> float:
     best = float("inf")
     for _ in range(1 + repeats):
-        _wait()
+        runtime.synchronize()
         start = time.perf_counter()
         run()
-        _wait()
+        runtime.synchronize()
         best = min(best, time.perf_counter() - start)
     return best
 

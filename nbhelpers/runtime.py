@@ -75,11 +75,23 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def synchronize() -> None:
+    """Wait until the GPU, where there is one, has done what it was given; for measuring times."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(n: int | None = None) -> int:
-    """Set torch's CPU threads (default: the cores this process may use, or ``NB_THREADS``); returns the number."""
+    """Set torch's CPU threads (default: ``NB_THREADS``, else ``OMP_NUM_THREADS``, else :func:`cores`); returns them."""
     if n is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        n = int(os.environ.get("NB_THREADS", os.environ.get("OMP_NUM_THREADS", cores)))
+        n = int(os.environ.get("NB_THREADS", os.environ.get("OMP_NUM_THREADS", cores())))
     torch.set_num_threads(max(1, n))
     return torch.get_num_threads()
 

@@ -124,7 +124,8 @@ def curves(
         if key in log:
             axis.set_yscale("log")
         if not isinstance(xs[0], str):
-            axis.locator_params(axis="x", nbins=6)  # numbers of five digits do not touch
+            whole = all(float(v).is_integer() for v in xs)
+            axis.locator_params(axis="x", nbins=6, integer=whole)  # numbers of five digits do not touch
         axis.grid(alpha=0.3)
     if len(histories) > 1:
         beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if len(histories) > 6 else {}  # covers no line

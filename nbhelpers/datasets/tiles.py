@@ -36,6 +36,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from nbhelpers import runtime
 from nbhelpers.datasets.store import Journal, TileError, TileReport, TileStore, contact_sheet, encode_png
 from nbhelpers.images import camera_model, find_images, read_picture
 
@@ -304,7 +305,7 @@ def _die_with_parent() -> None:
 
 def _pick_workers(wanted: int | None, photos: int) -> int:
     """Starting a process costs seconds, so a handful of photos is cut here unless told otherwise."""
-    most = wanted if wanted is not None else min(os.cpu_count() or 1, 1 + photos // 16)
+    most = wanted if wanted is not None else min(runtime.cores(), 1 + photos // 16)
     return max(1, min(most, photos, MAX_WORKERS))
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sampling
-from .continuous import CHUNK, MOST_PIXELS
+from .continuous import CHUNK, MOST_PIXELS, check_pair
 from .lmf import LMLTE
 
 LEVELS = (1, 1.5, 2, 3, 4, 6)  # scales that easy regions may be rendered at
@@ -121,7 +121,7 @@ def render(model: LMLTE, features: Tensor, lr: Tensor, size: tuple[int, int], ta
     Raises ValueError as ``LMLTE.render`` does, and for a network without modulations.
     """
     _check(model)
-    shape = tuple(features.shape[-2:])
+    shape = check_pair(features, lr)
     size = sampling.check_size(size, MOST_PIXELS)
     ratio, axes = _plan(model, shape, size)
     latent = model.latent(features, ratio)
@@ -236,7 +236,7 @@ def render_shared(model: LMLTE, features: Tensor, lr: Tensor, size: tuple[int, i
     _check(model)
     if not model.mod_input:
         raise ValueError("sharing needs mod_input=True: without it pixels differ beside their modulations")
-    shape = tuple(features.shape[-2:])
+    shape = check_pair(features, lr)
     size = sampling.check_size(size, MOST_PIXELS)
     ratio, axes = _plan(model, shape, size)
     label, means = cluster(model.shared(features, ratio)[0], threshold)

@@ -174,9 +174,7 @@ class ContinuousSR(AnyScale):
         fp32, unclamped, differentiable. Raises ValueError for an empty size, more than ``MOST_PIXELS`` at once,
         coordinates outside [-1, 1], rows or columns out of order, and a chunk below 1.
         """
-        h, w = features.shape[-2:]
-        if lr.shape[-2:] != (h, w):
-            raise ValueError(f"the features are of {h}x{w} pixels, but lr is {tuple(lr.shape)}; give what was encoded")
+        h, w = check_pair(features, lr)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk {chunk} must be at least 1 pixel")
         ratio = (size[0] / h, size[1] / w)
@@ -284,6 +282,14 @@ class ContinuousSR(AnyScale):
                     said = said * ((y.fraction - 1 + i).abs() * (x.fraction - 1 + j).abs())[..., None]
                 total = total + said
         return total
+
+
+def check_pair(features: Tensor, lr: Tensor) -> tuple[int, int]:
+    """(h, w) of both; raises ValueError where ``lr`` is not of the size of the picture that gave ``features``."""
+    h, w = features.shape[-2:]
+    if lr.shape[-2:] != (h, w):
+        raise ValueError(f"the features are of {h}x{w} pixels, but lr is {tuple(lr.shape)}; give what was encoded")
+    return h, w
 
 
 def _strips(ys: sampling.Axis, features: Tensor) -> list[tuple[slice, slice]]:

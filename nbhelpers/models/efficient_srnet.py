@@ -190,7 +190,7 @@ class LeanSRNet(nn.Module):
     Args:
         channels, blocks: width and number of ERBlocks, at least 1 each.
         kernel: side of the blocks' depthwise convolutions, odd.
-        scale: whole-number enlargement, at least 1.
+        scale: whole-number enlargement, 1 to 8.
         attention: as for :class:`EfficientSRNet`.
         branches: train each depthwise kernel as a sum of kernels (:class:`Branches`); :func:`merge` ends that.
 

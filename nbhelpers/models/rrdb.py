@@ -88,7 +88,7 @@ class DilatedRRDB(nn.Module):
 
 
 class DilatedRRDBNet(nn.Module):
-    """Document 002's generator: "b 3 h w" in [0, 1] → "b 3 2h 2w", unclamped; 16,293,763 parameters as published.
+    """Document 002's generator: "b 3 h w" in [0, 1] → "b 3 h·scale w·scale", unclamped; 16,293,763 parameters.
 
     Args:
         scale: 2, 4, 8 …: the upscaler doubles as often as it takes.

@@ -12,6 +12,7 @@ from nbhelpers.experiments import check
 from nbhelpers.inference import evaluate
 from nbhelpers.studies import (
     Study,
+    block_orthogonal,
     deployment,
     erblock,
     espcn,
@@ -88,7 +89,7 @@ def test_unknown_study_lists_the_known():
         studies.run("m24")
 
 
-COMMITTED = [espcn.STUDY, vgg.STUDY, gan.STUDY, pooling.STUDY, rrdb.STUDY]
+COMMITTED = [espcn.STUDY, vgg.STUDY, gan.STUDY, pooling.STUDY, rrdb.STUDY, block_orthogonal.STUDY]
 for module in (m23_init, erblock, deployment):
     COMMITTED += module.STUDIES.values()
 
