@@ -90,13 +90,13 @@ class Channels(TorchDispatchMode):
         known = {id(x): self.seen[id(x)][1] for x in flat if isinstance(x, Tensor) and id(x) in self.seen}
         if known:
             first = out[0] if isinstance(out, tuple) else out
-            numbers = self._through(func, args, list(known.values()), first)
+            numbers = self._through(func, args, list(known.values()))
             if numbers is None or len(numbers) != first.shape[1]:
                 raise PruningError(f"cannot follow the channels of this network through {func} (pruning.Channels)")
             self.follow(first, numbers)
         return out
 
-    def _through(self, func, args: tuple, known: list[list[int]], out: Tensor) -> list[int] | None:
+    def _through(self, func, args: tuple, known: list[list[int]]) -> list[int] | None:
         """Numbers of an operation's channels from those of its inputs; None where no rule is known."""
         name = func.overloadpacket.__name__
         if name == "convolution":

@@ -88,6 +88,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def tracking_uri() -> str:
+    """Address of the MLflow store: ``MLFLOW_TRACKING_URI``, else ``runs/mlflow.db``."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(RUNS / 'mlflow.db').absolute()}"
+
+
 def set_threads(n: int | None = None) -> int:
     """Set torch's CPU threads (default: ``NB_THREADS``, else ``OMP_NUM_THREADS``, else :func:`cores`); returns them."""
     if n is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,9 +22,8 @@ MISSING = "logger={}: the package {!r} is not installed; use logger=none, or `pi
 
 
 def store_uri(tracking_uri: str | None = None) -> str:
-    """Address of the MLflow store: the one given, else of ``MLFLOW_TRACKING_URI``, else ``runs/mlflow.db``."""
-    given = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return given or f"sqlite:///{(runtime.RUNS / 'mlflow.db').absolute()}"
+    """Address of the MLflow store: the one given, else :func:`nbhelpers.runtime.tracking_uri`."""
+    return tracking_uri or runtime.tracking_uri()
 
 
 def loggers(cfg: DictConfig, folder: Path | None = None, resumed: bool = False) -> list:

@@ -147,6 +147,7 @@ def step_times(batch: int = 128, repeats: int = 5, width: int = 64, progress: st
     settings: dict[str, tuple[dict, str, torch.memory_format]] = {
         "plain": ({"kind": "plain"}, fast, last),
         "plain, fp32": ({"kind": "plain"}, "fp32", first),
+        "m = 1, left_zeros, fp32": ({}, "fp32", first),
     }
     for m in (1, 2, 4):
         for placement in ("left_zeros", "spread"):
