@@ -154,6 +154,8 @@ def test_clusters_are_squares_of_alike_pixels():
         (lambda m, f, x: cmsr.render(m, f, x, (0, 104), {}), "0x104 is an empty picture"),
         (lambda m, f, x: cmsr.render(m, f, x, (10**5, 10**5), {}), "more than the 33,554,432 rendered at once"),
         (lambda m, f, x: cmsr.render_shared(m, f, x, (10**5, 10**5), 0), "more than the 33,554,432"),
+        (lambda m, f, x: cmsr.render(m, f, x[..., 1:], (88, 104), {}), "the features are of 11x13 pixels, but lr is"),
+        (lambda m, f, x: cmsr.render_shared(m, f, x[..., 1:], (88, 104), 0), "the features are of 11x13 pixels"),
     ],
 )
 def test_wrong_calls_are_quoted(call, quoted):

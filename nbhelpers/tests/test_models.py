@@ -102,3 +102,6 @@ def test_warm_start_copies_what_fits(tmp_path):
     assert torch.equal(other.to_subpixels.weight, before)
     with pytest.raises(checkpoints.CheckpointError, match="no tensor of donor"):
         checkpoints.copy_matching(models.build("ESPCN", channels=16, scale=5), path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(checkpoints.CheckpointError, match=r"donor\.safetensors is not a readable safetensors file"):
+        checkpoints.copy_matching(other, path)
