@@ -48,13 +48,18 @@ def _kind(name: str, folder: Path | None) -> str:
 
 def _paths(name: str | Path, folder: Path | None) -> tuple[Path, Path]:
     given = Path(name)
-    weights = given if given.suffix in SUFFIXES else _folder(folder) / f"{name}.safetensors"
-    if not weights.is_file():
-        names = available(folder, None)
-        near = get_close_matches(given.stem, names)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {names}"
-        raise CheckpointError(f"no network {str(name)!r}; {hint}")
-    return weights, weights.with_suffix(".json")
+    weights = given if given.suffix.lower() in SUFFIXES else _folder(folder) / f"{name}.safetensors"
+    if weights.is_file():
+        return weights, weights.with_suffix(".json")
+    if given.is_file():
+        known = ", ".join((*SUFFIXES, *EXPORTED))
+        raise CheckpointError(f"{given.name} is no network file that is known here; their names end in {known}")
+    names = available(folder, None)
+    near = get_close_matches(given.stem, names)
+    if weights == given and not near:
+        raise CheckpointError(f"no such file: {name}")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {names}"
+    raise CheckpointError(f"no network {str(name)!r}; {hint}")
 
 
 def sha256(path: Path) -> str:
@@ -133,7 +138,7 @@ def load(
     file of a published network (ESRGAN, SwinIR …; see :mod:`nbhelpers.models.external`).
     Raises CheckpointError for a missing or damaged file, a wrong SHA-256 (``check``) or other architecture.
     """
-    if Path(name).suffix in EXPORTED:
+    if Path(name).suffix.lower() in EXPORTED:
         return _load_exported(Path(name))
     weights, card_file = _paths(name, folder)
     if weights.suffix != ".safetensors" or (Path(name).suffix and not card_file.is_file()):
@@ -164,7 +169,7 @@ def _registry(kind: str | None) -> Mapping[str, Callable[..., nn.Module]]:
 def _load_exported(path: Path) -> nn.Module:
     from . import deploy, deploy_scales  # which import this file
 
-    kind = deploy_scales.ExportedScales if deploy_scales.is_part(path) else deploy.FORMATS[path.suffix]
+    kind = deploy_scales.ExportedScales if deploy_scales.is_part(path) else deploy.FORMATS[path.suffix.lower()]
     try:
         return kind(path).eval()
     except (FileNotFoundError, ValueError) as error:

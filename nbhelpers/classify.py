@@ -29,7 +29,7 @@ from .classification import ClassifierModule, ClassifierTraining, to_float
 from .configs import CONFIGS
 from .datasets.classification import LabelledPictures, ShuffledBatches
 from .datasets.small_pictures import Collection, augment, hold_out, open_collection
-from .experiments import TrainingError, differences, run_folder
+from .experiments import TrainingError, refuse_to_replace, run_folder
 from .loop import LIGHTNING_PRECISION, is_main_process
 from .models.resnet import resnet
 
@@ -349,16 +349,11 @@ def measured(result: RunResult) -> dict[str, object]:
 def train(cfg: DictConfig, command: str | None = None) -> RunResult:
     """:func:`fit`, then write ``data/checkpoints/NAME`` with its card, history and, beside the run, its configuration.
 
-    Raises TrainingError also where NAME exists with another configuration and ``resume`` is not ``never``.
+    Raises TrainingError also where NAME exists, of another kind or configuration, and ``resume`` is not ``never``.
     """
     name = str(cfg.name)
     config = OmegaConf.to_container(cfg, resolve=True)
-    known = cfg.resume != "never" and name in checkpoints.available(kind=None)
-    if known and (changed := differences(checkpoints.card(name).get("config", {}), config)):
-        raise TrainingError(
-            f"data/checkpoints/{name} was trained with another configuration ({'; '.join(changed)}); "
-            "choose name=... for a new network, or resume=never to replace it"
-        )
+    refuse_to_replace(cfg, "classifier")
     result = fit(cfg)
     if is_main_process():
         arguments = {"baseline_name": cfg.baseline_name, "classes": len(result.collection.names), **config["model"]}

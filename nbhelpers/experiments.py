@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from . import runtime
+from . import checkpoints, runtime
 from .configs import CONFIGS, experiments
 from .degradation import Degradation, DegradationError
 from .losses import ADVERSARIAL_LOSSES
@@ -194,6 +194,26 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
     return out
 
 
+def _some(changed: list[str], most: int = 6) -> str:
+    more = f"; and {len(changed) - most} more" if len(changed) > most else ""
+    return "; ".join(changed[:most]) + more
+
+
+def refuse_to_replace(cfg: DictConfig, kind: str = "upscaler") -> None:
+    """TrainingError where ``cfg.name`` is a trained network of another kind or configuration; not with resume=never."""
+    if cfg.resume == "never" or str(cfg.name) not in checkpoints.available(kind=None):
+        return
+    card = checkpoints.card(str(cfg.name))
+    other = card.get("kind", "upscaler")
+    changed = differences(card.get("config", {}), OmegaConf.to_container(cfg, resolve=True))
+    if other == kind and not changed:
+        return
+    is_so = f"was trained with another configuration ({_some(changed)})" if other == kind else f"is of kind {other}"
+    raise TrainingError(
+        f"data/checkpoints/{cfg.name} {is_so}; choose name=... for a new network, or resume=never to replace it"
+    )
+
+
 def run_folder(cfg: DictConfig) -> tuple[Path, Path | None]:
     """The run's folder and the checkpoint to resume from; refuses a folder made with another configuration.
 
@@ -214,7 +234,7 @@ def run_folder(cfg: DictConfig) -> tuple[Path, Path | None]:
     before = OmegaConf.to_container(OmegaConf.load(config))
     if changed := differences(before, OmegaConf.to_container(cfg, resolve=True)):
         raise TrainingError(
-            f"the run in {folder} has another configuration ({'; '.join(changed)}); "
+            f"the run in {folder} has another configuration ({_some(changed)}); "
             "use resume=never to start again, or another name="
         )
     return folder, last

@@ -148,10 +148,7 @@ class ExplorerPanel(ComparisonPanel):
     def _read_network(self, path: Path) -> dict[str, object]:
         if not path.is_file():
             raise ValueError(f"{path} is a folder, not a network" if path.is_dir() else f"no such file: {path}")
-        if path.suffix.lower() not in NETWORK_SUFFIXES:
-            known = ", ".join(NETWORK_SUFFIXES)
-            raise ValueError(f"{path.name} is no network file that is known here; their names end in {known}")
-        if path.suffix == ".pt2" and not self.trusted.value:
+        if path.suffix.lower() == ".pt2" and not self.trusted.value:
             raise ValueError(f"{path.name} can run code when it is opened: tick “I trust its maker” first")
         return {path.name: inference.get_model(path)}
 

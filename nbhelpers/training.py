@@ -22,7 +22,7 @@ from .datasets.photos import DataError, check_pair, match_lr, resolve_root, spli
 from .datasets.scales import ScalePairs, no_small_pictures
 from .degradation import Degradation
 from .degrade import crop_to_multiple, downscale
-from .experiments import TrainingError, check, compose, differences, run_folder
+from .experiments import check, compose, refuse_to_replace, run_folder
 from .images import ImageError, find_images, load_image
 from .loop import StepData, is_main_process, trainer_for
 from .metrics import protocol
@@ -209,25 +209,12 @@ def _load_kept(module: PixelModule, folder: Path, which: str) -> dict[str, float
     return max(scored, key=lambda row: row["val_psnr_y"])
 
 
-def _refuse_to_replace(cfg: DictConfig) -> None:
-    """A network trained with other settings is replaced only on request."""
-    name = str(cfg.name)
-    if cfg.resume == "never" or name not in checkpoints.available():
-        return
-    before = checkpoints.card(name).get("config", {})
-    if changed := differences(before, OmegaConf.to_container(cfg, resolve=True)):
-        raise TrainingError(
-            f"data/checkpoints/{name} was trained with another configuration ({'; '.join(changed)}); "
-            "choose name=... for a new network, or resume=never to replace it"
-        )
-
-
 def train(cfg: DictConfig, command: str | None = None) -> FitResult:
     """:func:`fit`, then export ``data/checkpoints/NAME`` (in half precision) with its card and history.
 
-    Raises TrainingError also where NAME exists with another configuration and ``resume`` is not ``never``.
+    Raises TrainingError also where NAME exists, of another kind or configuration, and ``resume`` is not ``never``.
     """
-    _refuse_to_replace(cfg)
+    refuse_to_replace(cfg)
     result = fit(cfg)
     if not is_main_process():
         return result

@@ -10,6 +10,7 @@ from omegaconf import open_dict
 from safetensors.torch import load_file
 
 from nbhelpers import adversarial, checkpoints, models, runtime, training
+from nbhelpers.experiments import TrainingError
 from nbhelpers.metrics import lpips_available
 from nbhelpers.tests.test_training import GAN, TINY, weights
 
@@ -205,7 +206,7 @@ def test_nan_in_either_loss_names_it_and_keeps_the_last_good_state(runs, monkeyp
         return real(*arguments) * (float("nan") if len(calls) == 6 else 1)
 
     monkeypatch.setattr(adversarial, f"{who}_loss", broken)
-    with pytest.raises(training.TrainingError, match=rf"the {who}'s loss became nan at step 5 .*lower .*optimizer.lr"):
+    with pytest.raises(TrainingError, match=rf"the {who}'s loss became nan at step 5 .*lower .*optimizer.lr"):
         training.fit(tiny("nan"))
     state = torch.load(runtime.RUNS / "train" / "nan" / "last.ckpt", weights_only=True)
     assert state["global_step"] == 4
@@ -218,13 +219,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run(runs, monkeypatch):
     monkeypatch.setattr(
         adversarial, "discriminator_loss", lambda k, f, r: real(k, f, r) + ((f - f) * 0).abs().sqrt().sum()
     )
-    with pytest.raises(training.TrainingError, match=r"the discriminator's gradient became nan at step 0"):
+    with pytest.raises(TrainingError, match=r"the discriminator's gradient became nan at step 0"):
         training.fit(tiny("steep"))
 
 
 def test_resume_refuses_another_adversarial_configuration(runs):
     training.fit(tiny("twice"))
-    with pytest.raises(training.TrainingError, match=r"adversarial.weight: 0.001 before, 0.5 now.*resume=never"):
+    with pytest.raises(TrainingError, match=r"adversarial.weight: 0.001 before, 0.5 now.*resume=never"):
         training.fit(tiny("twice", "adversarial.weight=0.5"))
 
 
@@ -244,7 +245,7 @@ def test_resume_refuses_another_adversarial_configuration(runs):
     ],
 )
 def test_settings_that_cannot_work_are_refused_first(runs, overrides, quoted):
-    with pytest.raises(training.TrainingError, match=quoted):
+    with pytest.raises(TrainingError, match=quoted):
         training.fit(tiny("refused", *overrides), data=())
     assert not (runtime.RUNS / "train" / "refused").exists()
 
@@ -264,7 +265,7 @@ def test_a_trained_discriminator_can_begin(runs):
         (["adversarial.init_from=first"], r"init_from=first is of kind upscaler"),
     ):
         cfg = tiny("second", "adversarial.init_from=first_discriminator", *overrides)
-        with pytest.raises(training.TrainingError, match=quoted):
+        with pytest.raises(TrainingError, match=quoted):
             adversarial.build_discriminator(cfg)
     with pytest.raises(checkpoints.CheckpointError, match="nobody"):
         adversarial.build_discriminator(tiny("second", "adversarial.init_from=nobody"))

@@ -76,6 +76,16 @@ def test_unknown_name_lists_what_there_is(folder):
         checkpoints.load("nett", folder=folder)
 
 
+def test_a_path_that_is_no_network_is_told_from_a_name(folder):
+    (folder / "photo.jpg").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no such file: .*RealESRGAN_x4plus.pth$"):
+        checkpoints.load(folder / "RealESRGAN_x4plus.pth", folder=folder)
+    with pytest.raises(
+        CheckpointError, match=r"photo.jpg is no network file that is known here; .*, .onnx"
+    ):
+        checkpoints.load(folder / "photo.jpg", folder=folder)
+
+
 def test_other_architecture_names_tensors_and_shapes(folder):
     edit(folder, arguments={"scale": 2, "channels": 16})
     with pytest.raises(CheckpointError, match=r"another architecture than ESPCN.*features\.0\.weight") as caught:

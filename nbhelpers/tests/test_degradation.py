@@ -14,7 +14,7 @@ from nbhelpers.__main__ import main
 from nbhelpers.datasets.pairs import MARGIN, PhotoPairs, TilePairs
 from nbhelpers.degradation import PRESETS, Degradation, DegradationError, blur_kernel, convolve, sinc_kernel
 from nbhelpers.degrade import add_noise, add_shot_noise, downscale, gaussian_blur, jpeg, resize_bicubic
-from nbhelpers.experiments import compose
+from nbhelpers.experiments import TrainingError, compose
 from nbhelpers.images import find_images, load_image, save_image
 from nbhelpers.metrics import psnr_rgb
 from nbhelpers.tests.test_pairs import same, textured, write
@@ -291,7 +291,7 @@ def test_the_section_is_added_and_changed_on_the_command_line():
     ],
 )
 def test_training_refuses_wrong_settings_before_it_begins(overrides, message):
-    with pytest.raises(training.TrainingError, match=message):
+    with pytest.raises(TrainingError, match=message):
         training.fit(config(*overrides), data=())
 
 

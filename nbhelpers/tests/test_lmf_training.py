@@ -9,6 +9,7 @@ from nbhelpers import checkpoints, runtime, training
 from nbhelpers.datasets.pairs import PhotoPairs, TilePairs, loader
 from nbhelpers.datasets.scales import ScalePairs, no_small_pictures
 from nbhelpers.degrade import resize_bicubic
+from nbhelpers.experiments import TrainingError
 from nbhelpers.images import save_image
 from nbhelpers.models import sampling
 from nbhelpers.scales import ScaleModule
@@ -223,7 +224,7 @@ def test_the_published_setting():
     ],
 )
 def test_settings_that_cannot_work_are_refused_first(runs, override, quoted):
-    with pytest.raises(training.TrainingError, match=quoted):
+    with pytest.raises(TrainingError, match=quoted):
         training.fit(tiny("refused", override), data=())
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from nbhelpers import checkpoints, initialization, models, training
 from nbhelpers.degrade import upscale_bicubic
+from nbhelpers.experiments import TrainingError
 from nbhelpers.inference import upscale
 from nbhelpers.layers import BilinearUpsample
 from nbhelpers.models import rlfn
@@ -219,7 +220,7 @@ def test_checkpoints_of_others_in_save_dir_are_left_alone(tmp_path):
     (tmp_path / "theirs.ckpt").write_bytes(b"years of work")
     for resume in ("auto", "never"):
         cfg = training.compose("m23_rlfn_div2k", [*TINY, f"save_dir={tmp_path}", f"resume={resume}"])
-        with pytest.raises(training.TrainingError, match=r"save_dir=.* holds checkpoints that are not of a run here"):
+        with pytest.raises(TrainingError, match=r"save_dir=.* holds checkpoints that are not of a run here"):
             training.fit(cfg)
     assert [p.name for p in tmp_path.iterdir()] == ["theirs.ckpt"]
 

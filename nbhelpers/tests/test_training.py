@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from nbhelpers import checkpoints, runtime, training
+from nbhelpers.experiments import TrainingError
 from nbhelpers.images import load_image
 
 TINY = [
@@ -119,7 +120,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(runs):
         def __len__(self):
             return len(pairs)
 
-    with pytest.raises(training.TrainingError, match=r"nan at step 12 .*lower optimizer.lr"):
+    with pytest.raises(TrainingError, match=r"nan at step 12 .*lower optimizer.lr"):
         training.fit(cfg, (Poisoned(), *data[1:]))
     state = torch.load(runtime.RUNS / "train" / "nan" / "last.ckpt", weights_only=True)
     assert state["global_step"] == 10
@@ -132,13 +133,13 @@ def test_a_network_that_gives_nan_is_not_kept():
     module.validation = [(torch.rand(3, 9, 9), torch.rand(3, 18, 18))]
     assert module.validate()["val_psnr_y"] > 0
     torch.nn.init.constant_(module.final.to_subpixels.bias, float("nan"))
-    with pytest.raises(training.TrainingError, match=r"gives NaN at step 0.*last.ckpt"):
+    with pytest.raises(TrainingError, match=r"gives NaN at step 0.*last.ckpt"):
         module.validate()
 
 
 def test_resume_refuses_another_configuration(runs):
     training.fit(tiny("twice"))
-    with pytest.raises(training.TrainingError, match=r"data.batch: 2 before, 3 now.*resume=never"):
+    with pytest.raises(TrainingError, match=r"data.batch: 2 before, 3 now.*resume=never"):
         training.fit(tiny("twice", "data.batch=3"))
     training.fit(tiny("twice", "data.batch=3", "resume=never"))
 
@@ -191,12 +192,12 @@ def test_train_exports_network_card_and_history(runs):
 
 @pytest.mark.parametrize("override", ["experiment=nothing", "qqq.www=1"])
 def test_wrong_configuration_names_the_experiments(override):
-    with pytest.raises(training.TrainingError, match="espcn_x4"):
+    with pytest.raises(TrainingError, match="espcn_x4"):
         training.compose(overrides=[override])
 
 
 def test_misspelt_key_is_answered_with_its_neighbours():
-    with pytest.raises(training.TrainingError, match=r"did you mean trainer.max_steps .*by trainer.max_step\?"):
+    with pytest.raises(TrainingError, match=r"did you mean trainer.max_steps .*by trainer.max_step\?"):
         training.compose("espcn_x4", ["trainer.max_step=5"])
 
 
@@ -261,18 +262,26 @@ def test_ctrl_c_says_where_it_stopped_and_exits_130(tmp_path):
     ],
 )
 def test_settings_that_cannot_work_are_refused_first(runs, override, quoted):
-    with pytest.raises(training.TrainingError, match=quoted):
+    with pytest.raises(TrainingError, match=quoted):
         training.fit(tiny("refused", override), data=())
 
 
 def test_a_network_is_not_replaced_by_another_configuration(runs):
     training.train(tiny("mine"))
     before = checkpoints.card("mine")["sha256"]
-    with pytest.raises(training.TrainingError, match=r"data.batch: 2 before, 3 now.*name="):
+    with pytest.raises(TrainingError, match=r"data.batch: 2 before, 3 now.*name="):
         training.train(tiny("mine", "data.batch=3"))
     assert checkpoints.card("mine")["sha256"] == before
     training.train(tiny("mine", "data.batch=3", "resume=never"))
     assert checkpoints.card("mine")["sha256"] != before
+
+
+def test_a_network_is_not_replaced_by_one_of_another_kind(runs):
+    checkpoints.save("mine", torch.nn.Linear(1, 1), "classifier", {}, {"kind": "classifier"}, [])
+    before = checkpoints.card("mine")["sha256"]
+    with pytest.raises(TrainingError, match=r"data/checkpoints/mine is of kind classifier; choose name="):
+        training.train(tiny("mine"))
+    assert checkpoints.card("mine")["sha256"] == before
 
 
 def test_validation_photos_can_be_split_off(runs):
