@@ -80,9 +80,7 @@ def test_a_path_that_is_no_network_is_told_from_a_name(folder):
     (folder / "photo.jpg").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no such file: .*RealESRGAN_x4plus.pth$"):
         checkpoints.load(folder / "RealESRGAN_x4plus.pth", folder=folder)
-    with pytest.raises(
-        CheckpointError, match=r"photo.jpg is no network file that is known here; .*, .onnx"
-    ):
+    with pytest.raises(CheckpointError, match=r"photo.jpg is no network file that is known here; .*, .onnx"):
         checkpoints.load(folder / "photo.jpg", folder=folder)
 
 
