@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import show
 from .comparison import crop_window
-from .images import ImageError, read_picture, to_tensor
+from .images import ImageError, to_tensor
 from .models.continuous import ContinuousSR
 from .models.lmf import LMLTE
-from .panel import Panel, Photo, bundled_photos, picture_view
+from .panel import Panel, Photo, bundled_photos, picture_view, read_photo
 
 SIDE = 96  # of the part of a photo that the network sees
 
@@ -57,8 +57,7 @@ class AttentionPanel(Panel):
     def update(self) -> None:
         """Look from the place that the sliders give; problems appear in words."""
         try:
-            photo = self.photos[self.photo.value]
-            rgb = read_picture(photo).rgb if not hasattr(photo, "dtype") else photo
+            rgb = read_photo(self.photos[self.photo.value])
             self.picture = to_tensor(rgb[crop_window(*rgb.shape[:2], SIDE)])
             h, w = self.picture.shape[-2:]
             self.place = round((h - 1) * self.down.value / 100), round((w - 1) * self.across.value / 100)

@@ -11,7 +11,6 @@ A, from which Cayley's transform (I - A)(I + A)⁻¹ makes a rotation.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -273,20 +272,6 @@ def stage_convolutions(model: nn.Module, stages: Sequence[int]) -> list[tuple[st
         raise BlockError(f"odk_layers={list(stages)}: the network has no stage {unknown[0]}, only {there}")
     inside = tuple(f"layer{n}." for n in stages)
     return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and name.startswith(inside)]
-
-
-@torch.no_grad()
-def folded(model: nn.Module) -> nn.Module:
-    """A copy with ordinary convolutions in the place of ours, for export; same outputs, no gradient of the blocks."""
-    model = copy.deepcopy(model)
-    for name, conv in [(n, m) for n, m in model.named_modules() if isinstance(m, MaskedConv2d)]:
-        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-        plain = nn.Conv2d(*shape, bias=conv.bias is not None)
-        plain.weight.copy_(conv.weight)
-        if conv.bias is not None:
-            plain.bias.copy_(conv.bias)
-        model.set_submodule(name, plain.to(conv.free.device, conv.free.dtype).train(conv.training))
-    return model
 
 
 @dataclass(frozen=True)

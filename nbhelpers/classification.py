@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-import warnings
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
@@ -15,10 +13,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from . import runtime
+from . import loop, runtime
 from .datasets.classification import LabelledPictures, batch_loader
 from .experiments import TrainingError
-from .loop import LIGHTNING_PRECISION
 
 
 @dataclass
@@ -133,19 +130,13 @@ def fit_classifier(
     precision = runtime.pick_precision(device, settings.precision)
     batches = batch_loader(train, settings.batch, seed)
     module = ClassifierModule(model.to(memory_format=torch.channels_last), settings, test)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     started = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric).*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer = _trainer(settings, device, precision, progress)
-        try:
-            trainer.fit(module, batches)
-        except SystemExit:  # Lightning's answer to Ctrl-C; a notebook's kernel must survive it
-            if not trainer.interrupted:
-                raise
-    if trainer.interrupted:
-        raise KeyboardInterrupt(f"stopped in epoch {module.current_epoch + 1}; nothing was kept")
+    loop.fit(
+        lambda: _trainer(settings, device, precision, progress),
+        lambda: f"stopped in epoch {module.current_epoch + 1}; nothing was kept",
+        module,
+        batches,
+    )
     seconds = time.perf_counter() - started
     return ClassifierResult(module.model.cpu().eval(), module.history, module.global_step, seconds)
 
@@ -160,12 +151,9 @@ def _check(settings: ClassifierTraining) -> None:
 def _trainer(settings: ClassifierTraining, device: torch.device, precision: str, progress: bool) -> pl.Trainer:
     return pl.Trainer(
         max_epochs=settings.epochs,
-        accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=1,
-        precision=LIGHTNING_PRECISION[precision],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=progress,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
+        **loop.common_options(device, precision),
     )

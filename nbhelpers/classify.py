@@ -6,7 +6,6 @@ result = fit(cfg)            # runs/train/mine; train(cfg) also writes data/chec
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 import warnings
@@ -23,14 +22,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_auroc, multiclass_confusion_matrix
 
-from . import checkpoints, runtime, tracking
+from . import checkpoints, loop, runtime, tracking
 from .block_orthogonal import Counts, MaskedConv2d, parameter_counts
 from .classification import ClassifierModule, ClassifierTraining, to_float
 from .configs import CONFIGS
 from .datasets.classification import LabelledPictures, ShuffledBatches
 from .datasets.small_pictures import Collection, augment, hold_out, open_collection
 from .experiments import TrainingError, refuse_to_replace, run_folder
-from .loop import LIGHTNING_PRECISION, is_main_process
+from .loop import is_main_process
 from .models.resnet import resnet
 
 ARCH = "ResNet"
@@ -245,23 +244,19 @@ def fit(
     module = RunModule(model, cfg, valid, precision)
     folder, resume = run_folder(cfg) if keep else (None, None)  # last: wrong settings must not cost an old run
     module.history_file = folder / "history.csv" if folder else None
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     found = tracking.loggers(cfg, folder, resumed=resume is not None) if is_main_process() else []
     counts = parameter_counts(model)
     for logger in found:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True) | {"parameters": vars(counts)})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric).*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer = _trainer(cfg, folder, device, precision, found, callbacks)
-        try:
-            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-        except SystemExit:  # Lightning's answer to Ctrl-C; a notebook's kernel must survive it
-            if not trainer.interrupted:
-                raise
-    if trainer.interrupted:
-        again = "the same command continues from the last whole epoch" if keep else "nothing was kept"
-        raise KeyboardInterrupt(f"stopped in epoch {module.current_epoch + 1}; {again}")
+    again = "the same command continues from the last whole epoch" if keep else "nothing was kept"
+    loop.fit(
+        lambda: _trainer(cfg, folder, device, precision, found, callbacks),
+        lambda: f"stopped in epoch {module.current_epoch + 1}; {again}",
+        module,
+        datamodule=data,
+        ckpt_path=resume,
+        weights_only=True,
+    )
     kept = _load_kept(module, folder, cfg.keep)
     model = _finished(module.model, cfg.half)
     logits, labels = predict(model, collection.test.images), collection.test.labels
@@ -318,20 +313,15 @@ def _trainer(
     t = cfg.trainer
     return pl.Trainer(
         max_epochs=cfg.max_epochs,
-        accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=t.devices,
         num_nodes=t.num_nodes,
         strategy=t.strategy,
-        precision=LIGHTNING_PRECISION[precision],
         logger=found or False,
         callbacks=callbacks,
         enable_checkpointing=bool(folder),
         enable_progress_bar=t.progress,
-        enable_model_summary=False,
-        log_every_n_steps=50,
-        num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,  # or a resumed run begins with the order of epoch 0
-        use_distributed_sampler=False,  # PicturesData already deals the batches out
+        **loop.common_options(device, precision),
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,6 +150,37 @@ def _checkpoints(cfg: DictConfig, folder: Path) -> list[Callback]:
     return out
 
 
+def common_options(device: torch.device, precision: str) -> dict[str, object]:
+    """What every Trainer of ours is given."""
+    return {
+        "accelerator": {"cuda": "gpu"}.get(device.type, device.type),
+        "precision": LIGHTNING_PRECISION[precision],
+        "enable_model_summary": False,
+        "log_every_n_steps": 50,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # our data already deals the batches out
+    }
+
+
+def fit(make: Callable[[], pl.Trainer], stopped: Callable[[], str], *what, **how) -> None:
+    """``fit(*what, **how)`` of the Trainer that ``make`` gives, without Lightning's hints.
+
+    Raises KeyboardInterrupt with the words of ``stopped`` on Ctrl-C.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric).*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        trainer = make()
+        try:
+            trainer.fit(*what, **how)
+        except SystemExit:  # Lightning's answer to Ctrl-C; a notebook's kernel must survive it
+            if not trainer.interrupted:
+                raise
+    if trainer.interrupted:
+        raise KeyboardInterrupt(stopped())
+
+
 def trainer_for(
     cfg: DictConfig, folder: Path | None, device: torch.device, precision: str, more: Sequence[Callback] = ()
 ) -> pl.Trainer:
@@ -163,21 +196,16 @@ def trainer_for(
         strategy = "ddp_find_unused_parameters_true"  # each step trains one of two networks
     return pl.Trainer(
         max_epochs=math.ceil(t.max_steps / t.val_every),
-        accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=t.devices,
         num_nodes=t.num_nodes,
         strategy=strategy,
-        precision=LIGHTNING_PRECISION[precision],
         accumulate_grad_batches=t.accumulate_grad_batches,
         gradient_clip_val=None if adversarial else t.gradient_clip_val,  # with two optimizers the module clips
         logger=_tensorboard(folder) if folder else False,
         callbacks=callbacks,
         enable_checkpointing=bool(folder),
         enable_progress_bar=False,
-        enable_model_summary=False,
         reload_dataloaders_every_n_epochs=1,
-        log_every_n_steps=50,
-        num_sanity_val_steps=0,
         limit_val_batches=0,
-        use_distributed_sampler=False,  # StepData already deals the batches out
+        **common_options(device, precision),
     )

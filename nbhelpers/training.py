@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoints, models, pruning, runtime
+from . import checkpoints, loop, models, pruning, runtime
 from .adversarial import AdversarialModule, build_discriminator
 from .datasets.pairs import open_pairs
 from .datasets.photos import DataError, check_pair, match_lr, resolve_root, split
@@ -174,19 +172,15 @@ def fit(cfg: DictConfig, data: tuple | None = None, keep: bool = True, callbacks
     folder, resume = run_folder(cfg) if keep else (Path(), None)
     pairs, module.validation, report = data or open_data(cfg, cfg.trainer.progress)
     module.history_file = folder / "history.csv" if keep else None
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric).*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer = trainer_for(cfg, folder if keep else None, device, precision, callbacks)
-        try:
-            trainer.fit(module, datamodule=StepData(pairs, cfg), ckpt_path=resume, weights_only=True)
-        except SystemExit:  # Lightning's answer to Ctrl-C; a notebook's kernel must survive it
-            if not trainer.interrupted:
-                raise
-    if trainer.interrupted:
-        again = "the same command continues from the last validation" if keep else "nothing was kept"
-        raise KeyboardInterrupt(f"stopped at step {module.steps}; {again}")
+    again = "the same command continues from the last validation" if keep else "nothing was kept"
+    loop.fit(
+        lambda: trainer_for(cfg, folder if keep else None, device, precision, callbacks),
+        lambda: f"stopped at step {module.steps}; {again}",
+        module,
+        datamodule=StepData(pairs, cfg),
+        ckpt_path=resume,
+        weights_only=True,
+    )
     kept = _load_kept(module, folder, cfg.keep if keep else "last")
     best = max((r["val_psnr_y"] for r in module.history), default=math.nan)
     result = FitResult(_finished(module.final), module.history, best, module.seconds, folder, report, kept)

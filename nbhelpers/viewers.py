@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import panel, show
 from .block_orthogonal import PLACEMENTS, BlockOrthogonalConv2d, orthogonality_error, parameter_counts
 from .comparison import crop_window
-from .images import ImageError, read_picture, to_tensor
+from .images import ImageError, to_tensor
 
 SHOWN = 12  # channels on one page
 SIDE = 128  # of the part of a photo that the network sees
@@ -85,8 +85,7 @@ class FeaturePanel(panel.Panel):
     def update(self) -> None:
         """Run the network for the controls as they stand; problems appear in words."""
         try:
-            photo = self.photos[self.photo.value]
-            rgb = photo if isinstance(photo, np.ndarray) else read_picture(photo).rgb
+            rgb = panel.read_photo(self.photos[self.photo.value])
             rows, columns = crop_window(*rgb.shape[:2], SIDE)
             self.maps = output_of(self.model, to_tensor(rgb[rows, columns]), self.layer.value)
         except (ImageError, ValueError, RuntimeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 
@@ -19,7 +18,6 @@ from nbhelpers.block_orthogonal import (
     BlockOrthogonalConv2d,
     MaskedConv2d,
     cayley,
-    folded,
     make_block_orthogonal,
     orthogonality_error,
     parameter_counts,
@@ -298,15 +296,3 @@ def test_convolutions_that_would_change_their_meaning_are_refused(option, messag
     model.layer1 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, **option))
     with pytest.raises(BlockError, match=message):
         make_block_orthogonal(model, [1])
-
-
-@torch.no_grad()
-def test_folded_copy_has_ordinary_convolutions_and_the_same_outputs():
-    model, x = Toy(), torch.rand(2, 3, 6, 6)
-    make_block_orthogonal(model, [2], 2)
-    before = copy.deepcopy(model.state_dict())
-    plain = folded(model.eval())
-    assert {type(m) for m in plain.modules() if "Conv" in type(m).__name__} == {nn.Conv2d}
-    torch.testing.assert_close(plain(x), model(x))
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
-    assert parameter_counts(plain).free == parameter_counts(model).dense
