@@ -15,7 +15,7 @@ from .comparison import crop_window
 from .images import ImageError, to_tensor
 from .models.continuous import ContinuousSR
 from .models.lmf import LMLTE
-from .panel import Panel, Photo, bundled_photos, picture_view, read_photo
+from .panel import Panel, Photo, Photos, named_photos, picture_view, read_photo
 
 SIDE = 96  # of the part of a photo that the network sees
 
@@ -94,7 +94,7 @@ class AttentionPanel(Panel):
         return self.maps
 
 
-def attention_panel(model: LMLTE, photos: Mapping[str, Photo] | None = None) -> AttentionPanel:
+def attention_panel(model: LMLTE, photos: Photos | None = None) -> AttentionPanel:
     """A viewer of cross-scale attention for the middle of a photo (default: the bundled ones); a ring marks the pixel
     that asks."""
-    return AttentionPanel(model, photos or bundled_photos())
+    return AttentionPanel(model, named_photos(photos or None))

@@ -16,6 +16,7 @@ from . import runtime
 from .images import find_images, flattened, read_picture, to_uint8
 
 Photo = Path | np.ndarray
+Photos = Mapping[str, Photo | str | Tensor] | Sequence[str | Path]  # as a reader gives them
 
 
 @functools.lru_cache(maxsize=4)
@@ -74,9 +75,16 @@ def bundled_photos() -> dict[str, Path]:
     return {f"{path.parent.name}/{path.stem}": path for path in files}
 
 
-def named_photos(photos: Mapping[str, Photo | Tensor] | Sequence[str | Path] | None) -> dict[str, Photo]:
+def named_photos(photos: Photos | None) -> dict[str, Photo]:
+    """What a panel is given as photos, by name: files, arrays or tensors; None: the bundled ones."""
     if photos is None:
         return bundled_photos()
     if isinstance(photos, Mapping):
-        return {str(k): to_uint8(v) if isinstance(v, Tensor) else v for k, v in photos.items()}
+        return {str(k): _photo(v) for k, v in photos.items()}
     return {Path(p).stem: Path(p) for p in photos}
+
+
+def _photo(photo: Photo | str | Tensor) -> Photo:
+    if isinstance(photo, Tensor):
+        return to_uint8(photo)
+    return Path(photo) if isinstance(photo, str) else photo

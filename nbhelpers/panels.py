@@ -13,8 +13,7 @@ import dataclasses
 import functools
 import html
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 
 import ipywidgets as widgets
 import numpy as np
@@ -25,7 +24,7 @@ from . import comparison, readout, runtime, show
 from .comparison import AS_IS, RESTORE, Comparison, Damage, compare_upscaling, crop_window
 from .images import to_tensor
 from .jobs import Cancelled, Job, Worker
-from .panel import Panel, Photo, Root, named_photos, read_photo
+from .panel import Panel, Photo, Photos, Root, named_photos, read_photo
 from .panel import bundled_photos as bundled_photos  # notebooks take these two from here
 from .readout import NO_ORIGINAL as NO_ORIGINAL
 from .wipe import WipeViewer
@@ -350,9 +349,7 @@ def _note(request: Request, rgb: np.ndarray, part: Tensor, result: Comparison, c
     return text
 
 
-def explorer_panel(
-    photos: Mapping[str, Photo | Tensor] | Sequence[str | Path] | None = None, device: str = "auto"
-) -> ComparisonPanel:
+def explorer_panel(photos: Photos | None = None, device: str = "auto") -> ComparisonPanel:
     """Every network against bicubic or another, on the bundled photos (or ``photos``) and the reader's own.
 
     See :class:`nbhelpers.explorer.ExplorerPanel`.
@@ -364,7 +361,7 @@ def explorer_panel(
 
 def compare_panel(
     model: nn.Module | Mapping[str, nn.Module],
-    photos: Mapping[str, Photo | Tensor] | Sequence[str | Path] | None = None,
+    photos: Photos | None = None,
     name: str = "network",
     device: str = "auto",
 ) -> ComparisonPanel:

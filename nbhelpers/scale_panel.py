@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .comparison import crop_window, timed
 from .feature_cache import FeatureCache
 from .images import ImageError, load_image, to_tensor
 from .models.continuous import ContinuousSR
-from .panel import Panel, Photo, named_photos
+from .panel import Panel, Photo, Photos, named_photos
 from .wipe import WipeViewer
 
 SIDE = 96  # of the small picture, in pixels
@@ -123,7 +123,7 @@ def _smaller(photo: Tensor) -> Tensor:
 
 def scale_panel(
     model: ContinuousSR | Mapping[str, ContinuousSR],
-    photos: Mapping[str, Photo | Tensor] | Sequence[str | Path] | None = None,
+    photos: Photos | None = None,
     name: str = "network",
     device: str = "auto",
 ) -> ScalePanel:

@@ -7,10 +7,8 @@ panels do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import ipywidgets as widgets
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -68,7 +66,7 @@ class FeaturePanel(panel.Panel):
     error.
     """
 
-    def __init__(self, model: nn.Module, photos: Mapping[str, Path | np.ndarray], layer: str | None = None):
+    def __init__(self, model: nn.Module, photos: Mapping[str, panel.Photo], layer: str | None = None):
         self.model, self.photos, self.maps = model, dict(photos), None
         names = layers(model)
         wide = {"layout": {"width": "auto"}, "style": {"description_width": "5em"}}
@@ -113,13 +111,15 @@ class FeaturePanel(panel.Panel):
 
 
 def feature_panel(
-    model: nn.Module, photos: Mapping[str, Path | np.ndarray] | None = None, layer: str | None = None
+    model: nn.Module,
+    photos: panel.Photos | None = None,
+    layer: str | None = None,
 ) -> FeaturePanel:
     """A viewer of every layer's output for the middle of a photo (default: the bundled ones).
 
     Channels are shown as pictures; factors that are one number per channel, as those of ECA-Lite, as bars.
     """
-    return FeaturePanel(model, photos or panel.bundled_photos(), layer)
+    return FeaturePanel(model, panel.named_photos(photos or None), layer)
 
 
 class KernelPanel(panel.Panel):

@@ -45,7 +45,7 @@ def test_controls_change_the_picture(network):
 
 def test_problems_are_said_in_words(network, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    panel = attention_panel(network, {"a": np.zeros((40, 40, 3), np.uint8), "broken": tmp_path / "broken.png"})
+    panel = attention_panel(network, {"a": np.zeros((40, 40, 3), np.uint8), "broken": str(tmp_path / "broken.png")})
     panel.photo.value = "broken"
     assert panel.maps is None and "broken.png" in panel.status.value
     with pytest.raises(ValueError, match="status line"):

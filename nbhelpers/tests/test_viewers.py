@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nbhelpers import models, show
 from nbhelpers.block_orthogonal import BlockError, BlockOrthogonalConv2d
+from nbhelpers.images import to_tensor
+from nbhelpers.panel import read_photo
 from nbhelpers.viewers import SHOWN, feature_panel, kernel_panel, layers, output_of
 
 
@@ -52,6 +55,19 @@ def test_controls_change_the_picture(network):
     assert panel.page.max == 1  # bars need one page
     assert "16 channels" in panel.status.value
     assert repr(panel.root) == repr(feature_panel(network, photos, "tail").root)
+
+
+@torch.no_grad()
+def test_photos_may_be_paths_as_text_tensors_and_transparent_files(network, tmp_path):
+    rgba = np.zeros((40, 50, 4), np.uint8)
+    rgba[..., 0], rgba[10:20, :, 3] = 200, 255
+    file = tmp_path / "clear.png"
+    Image.fromarray(rgba).save(file)
+    opaque = read_photo(file)
+    assert len(np.unique(opaque.reshape(-1, 3), axis=0)) == 2  # the red and what is seen through it
+    expected = feature_panel(network, {"a": opaque}).maps
+    for photos in ([str(file)], {"a": str(file)}, {"a": to_tensor(opaque)}):
+        assert torch.equal(feature_panel(network, photos).maps, expected)
 
 
 def test_unreadable_photo_is_said_in_words(network, tmp_path):
