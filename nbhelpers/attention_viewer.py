@@ -63,8 +63,8 @@ class AttentionPanel(Panel):
             self.place = round((h - 1) * self.down.value / 100), round((w - 1) * self.across.value / 100)
             self.maps = attention_at(self.model, self.picture, *self.place)
         except (ImageError, ValueError) as error:
-            self.maps, self.image.value = None, b""
-            self._say(f"⚠ {error}")
+            self.maps = None
+            self._draw_nothing(error)
             return
         self._say(self.text())
         self._draw()

@@ -60,7 +60,12 @@ class Panel:
     def _draw(self) -> None:
         data = io.BytesIO()
         self.figure().savefig(data, format="png", dpi=80)
-        self.image.value = data.getvalue()
+        self.image.value, self.image.layout.display = data.getvalue(), None
+
+    def _draw_nothing(self, error: Exception) -> None:
+        """Words in the place of the picture; an empty image would show as a broken one."""
+        self.image.value, self.image.layout.display = b"", "none"
+        self._say(f"⚠ {error}")
 
 
 def picture_view() -> widgets.Image:

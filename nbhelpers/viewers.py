@@ -87,8 +87,8 @@ class FeaturePanel(panel.Panel):
             rows, columns = crop_window(*rgb.shape[:2], SIDE)
             self.maps = output_of(self.model, to_tensor(rgb[rows, columns]), self.layer.value)
         except (ImageError, ValueError, RuntimeError) as error:
-            self.maps, self.image.value = None, b""
-            self._say(f"⚠ {error}")
+            self.maps = None
+            self._draw_nothing(error)
             return
         single = self.maps.shape[-2:] == (1, 1)
         self.page.max = 1 if single else -(-len(self.maps) // SHOWN)

@@ -47,9 +47,12 @@ def test_problems_are_said_in_words(network, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     panel = attention_panel(network, {"a": np.zeros((40, 40, 3), np.uint8), "broken": str(tmp_path / "broken.png")})
     panel.photo.value = "broken"
+    assert panel.image.layout.display == "none"  # no sign of a broken picture
     assert panel.maps is None and "broken.png" in panel.status.value
     with pytest.raises(ValueError, match="status line"):
         panel.figure()
+    panel.photo.value = "a"
+    assert panel.image.value and panel.image.layout.display is None
     plain = models.build("LMLTE", encoder={"preset": "EDSR-b", "n_feats": 4, "n_blocks": 1})
     with pytest.raises(ValueError, match="no cross-scale attention; build an LMLTE with non_local_attn=True"):
         attention_at(plain, torch.rand(3, 4, 4), 0, 0)

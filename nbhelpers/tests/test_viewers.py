@@ -75,9 +75,12 @@ def test_unreadable_photo_is_said_in_words(network, tmp_path):
     broken.write_bytes(b"no picture")
     panel = feature_panel(network, {"a": np.zeros((40, 40, 3), np.uint8), "broken": broken})
     panel.photo.value = "broken"
+    assert panel.image.layout.display == "none"  # no sign of a broken picture
     assert panel.maps is None and panel.image.value == b"" and "broken.png" in panel.status.value
     with pytest.raises(ValueError, match="status line"):
         panel.figure()
+    panel.photo.value = "a"
+    assert panel.image.value and panel.image.layout.display is None
 
 
 @pytest.mark.parametrize(("shape", "axes"), [((30, 5, 7), 12), ((4, 5, 7), 6), ((9, 1, 1), 1)])
